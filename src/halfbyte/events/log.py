@@ -1,0 +1,112 @@
+"""The run's record on disk: one writer, one reader, append only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from halfbyte.events.types import EVENTS, Event
+
+Emit = Callable[[Event], None]
+
+FILE_NAME = "events.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """An event and when it was written (unix seconds)."""
+
+    time: float
+    event: Event
+
+
+class EventLog:
+    """Appends events to ``events.jsonl``; each line is flushed as it is written.
+
+    Listeners (the terminal, a notebook) are called with each event after it is on its way to the
+    disk. Use it as a context manager or call ``close``.
+    """
+
+    def __init__(self, folder: Path, *, listeners: list[Emit] | None = None) -> None:
+        path = folder / FILE_NAME
+        torn = _ends_mid_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        if torn:  # a process died while writing: end its line, the reader passes over it
+            self._file.write("\n")
+        self.listeners: list[Emit] = list(listeners or [])
+
+    def __call__(self, event: Event) -> None:
+        line = {"kind": event.kind, "time": round(time.time(), 3), **_plain(event)}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        for listener in self.listeners:
+            listener(event)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_events(folder: Path) -> Iterator[Record]:
+    """The events of a run folder in order; lines that are cut or unknown are passed over."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            record = _parse(line)
+            if record is not None:
+                yield record
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        raw = json.loads(line)
+        event_type = EVENTS.get(raw["kind"])
+        if event_type is None:
+            return None
+        known = {f.name for f in dataclasses.fields(event_type)}
+        values = {key: _revive(value) for key, value in raw.items() if key in known}
+        return Record(float(raw["time"]), event_type(**values))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+# JSON has no NaN and no infinity, and a loss can be either.
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plain(event: Event) -> dict[str, Any]:
+    return {key: _number(value) for key, value in dataclasses.asdict(event).items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {
+            "number": "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+        }
+    return value
+
+
+def _revive(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"number"}:
+        return _NUMBERS[value["number"]]
+    return value
+
+
+def _ends_mid_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"

@@ -1,0 +1,270 @@
+"""The events of a run: what ``events.jsonl`` holds, and all that a report is made of.
+
+Each event is a frozen dataclass with a ``kind``; one line of the file is
+``{"kind": …, "time": unix seconds, …fields}``. A reader ignores kinds and fields it does not know,
+so that an older program reads a newer file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+    kind: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A process began (or, with ``resumed_from``, went on) working on this run."""
+
+    kind: ClassVar[str] = "run_started"
+    version: str  # of halfbyte
+    command: list[str]  # as typed
+    folder: str  # the run folder's own name, not its path
+    resumed_from: int | None = None  # the step of the checkpoint
+
+
+@dataclass(frozen=True)
+class Environment(Event):
+    """The machine and the software."""
+
+    kind: ClassVar[str] = "environment"
+    platform: str
+    python: str
+    cpu: str
+    cpu_threads: int
+    memory_bytes: int
+    device: str  # "cpu" or "cuda"
+    gpu: str | None = None
+    gpu_memory_bytes: int | None = None
+    gpu_capability: str | None = None  # "9.0"
+    cuda: str | None = None
+    driver: str | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice(Event):
+    """A setting that was decided for the user (asked "auto"), or stated and commented on."""
+
+    kind: ClassVar[str] = "choice"
+    key: str  # "training.learning_rate"
+    asked: Any  # what the recipe says: "auto", or a value
+    value: Any  # what is done
+    reason: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know; shown on the screen and in the report."""
+
+    kind: ClassVar[str] = "warning"
+    text: str
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Fallback(Event):
+    """A slower or different path was taken, and why."""
+
+    kind: ClassVar[str] = "fallback"
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Phase(Event):
+    """A phase before or after the steps ended ("download", "quantize", "tokenize", …)."""
+
+    kind: ClassVar[str] = "phase"
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Audited(Event):
+    """The data as it will be trained."""
+
+    kind: ClassVar[str] = "audit"
+    source: str  # path or hub name as in the recipe
+    rows_read: int
+    rows_used: int  # rows that train
+    rows_held_out: int
+    rows_shortened: int
+    rows_dropped: dict[str, int]  # reason: rows
+    template: str  # its name, "custom" for a text of the recipe's own
+    loss_on: str
+    max_length: int
+    tokens: int  # in the rows that train, one epoch
+    labels: int  # of those with loss, after the shift
+    length_percentiles: dict[str, int]  # "0", "50", "90", "99", "100" in tokens, before cutting
+    sample: list[tuple[str, bool]]  # one row as trained: text of a run of tokens, carries loss
+    sample_row: int
+    columns: dict[str, str] = field(default_factory=dict)  # role: column
+    sha256: str | None = None  # of a local data file
+
+
+@dataclass(frozen=True)
+class ModelLoaded(Event):
+    """The base model and its adapter."""
+
+    kind: ClassVar[str] = "model"
+    name: str
+    architecture: str  # "LlamaForCausalLM"
+    parameters_base: int  # frozen, counted in the shapes before packing
+    parameters_trainable: int
+    layers: int
+    bytes_before: int  # of the weights that are now 4-bit, at 16 bits each
+    bytes_after: int  # of the same in NF4, scales included
+    bytes_other: int  # norms, embeddings, head, as kept
+    bytes_copy: int  # of a dequantized copy kept for speed; 0 if none
+    quantized_modules: int
+    lora_modules: dict[str, int]  # module's last name: how many carry an adapter
+    source_format: str  # "safetensors" or "gguf"
+    template_of_base: bool  # the base has a chat template of its own
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Technique(Event):
+    """What a technique did in this run, in figures."""
+
+    kind: ClassVar[str] = "technique"
+    name: str  # "gradient checkpointing", "mixed precision", "optimizer", …
+    on: bool
+    text: str  # one sentence
+    figures: dict[str, float] = field(default_factory=dict)  # "bytes saved": 1.2e8
+
+
+@dataclass(frozen=True)
+class TrainingStarted(Event):
+    """Everything is resolved; step 1 follows."""
+
+    kind: ClassVar[str] = "training_started"
+    rows: int
+    batch_size: int
+    gradient_accumulation: int
+    steps: int
+    steps_per_epoch: int
+    epochs: float
+    device: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """One optimizer step."""
+
+    kind: ClassVar[str] = "step"
+    step: int  # from 1
+    epoch: float  # passes over the rows finished after this step
+    loss: float  # mean over the labelled tokens of the step
+    learning_rate: float
+    grad_norm: float  # before clipping
+    tokens: int
+    labels: int
+    seconds: float
+    memory_bytes: int  # device memory in use, or resident memory of the process on a CPU
+    skipped: bool = False  # no update: the gradient was not finite
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """Held-out loss."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    what: str  # "base" (before quantization), "quantized base", "adapter"
+    loss: float  # mean over labelled tokens
+    labels: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answered(Event):
+    """A held-out prompt answered by the base (``before``) or the kept adapter (``after``)."""
+
+    kind: ClassVar[str] = "answer"
+    row: int
+    when: str  # "before" or "after"
+    prompt: str  # what the user would have asked (no template around it)
+    text: str
+    reference: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpointed(Event):
+    """A checkpoint was finished."""
+
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    path: str  # relative to the run folder
+    held_out_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Kept(Event):
+    """Which adapter the run keeps."""
+
+    kind: ClassVar[str] = "kept"
+    step: int
+    why: str
+    held_out_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Energy(Event):
+    """Energy of the device over the steps, where it reports it."""
+
+    kind: ClassVar[str] = "energy"
+    joules: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Checked(Event):
+    """A check that can fail, made on what was saved."""
+
+    kind: ClassVar[str] = "check"
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Artifact(Event):
+    """A file that the run leaves behind."""
+
+    kind: ClassVar[str] = "artifact"
+    path: str  # relative to the run folder
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Interrupted(Event):
+    """The user or the system asked the run to stop; a checkpoint holds the step."""
+
+    kind: ClassVar[str] = "interrupted"
+    step: int
+    signal: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The last step was done and the adapter is saved."""
+
+    kind: ClassVar[str] = "finished"
+    step: int
+    seconds: float  # from the process's start to here
+
+
+EVENTS: dict[str, type[Event]] = {event.kind: event for event in Event.__subclasses__()}

