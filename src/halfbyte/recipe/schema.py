@@ -207,6 +207,16 @@ class CheckpointRecipe(Section):
     )
 
 
+class ReportRecipe(Section):
+    """What the report shows."""
+
+    loss_at_steps: Literal["auto"] | list[PositiveInt] = Field(
+        default="auto",
+        description="Steps whose logged loss stands in the table of the results; auto spreads "
+        "eight over the run.",
+    )
+
+
 class Recipe(Section):
     """One fine-tuning run."""
 
@@ -233,3 +243,4 @@ class Recipe(Section):
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
     evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
     checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
+    report: ReportRecipe = Field(default_factory=ReportRecipe)
