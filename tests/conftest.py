@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with the ChatDoctor rows and the Llama tokenizer, which is not in the repository."""
+    """The folder with the ChatDoctor rows and the Llama tokenizer; not in the repository."""
     path = Path(os.environ.get("HALFBYTE_SHARED", ROOT.parent / "shared"))
     if not (path / "data" / "chatdoctor.json").exists():
         pytest.skip("no ChatDoctor rows: set HALFBYTE_SHARED to the folder that holds data/")

@@ -1,0 +1,114 @@
+"""The product of a QLoRA linear layer, forward and backward, keeping nothing it can make again.
+
+    y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ          (Hu et al., 2021, arXiv 2106.09685, eq. 3)
+
+With u = drop(x) Aᵀ and g = s · dL/dy · B:
+
+    dL/dx = dL/dy · W + drop'(g A)      dL/dA = gᵀ drop(x)      dL/dB = s · (dL/dy)ᵀ u
+
+W is frozen and has no gradient. Saved for the backward pass are ``x`` as it came in (which q, k
+and v share, so it is kept once) and ``u`` [T, r]; W is asked for again, which is free where a
+copy is kept and a dequantization where it is not, and the dropout mask is made again from its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.dropout import dropout, keep_mask
+
+Key = tuple[int, int]
+
+
+class LoraLinear(torch.autograd.Function):
+    """``LoraLinear.apply(x, A, B, weight, bias, scale, p, key, dtype)``, see :func:`lora_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        scale: float,
+        p: float,
+        key: Key | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        xc = x.to(dtype)
+        y = torch.nn.functional.linear(xc, weight(), bias)
+        dropped = xc if key is None else dropout(xc, p, key)
+        u = dropped @ lora_A.to(dtype).t()
+        y.addmm_(u, lora_B.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, u, lora_A, lora_B)
+        ctx.weight, ctx.scale, ctx.p, ctx.key, ctx.dtype = weight, scale, p, key, dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, u, lora_A, lora_B = ctx.saved_tensors
+        dtype, key = ctx.dtype, ctx.key
+        dy = grads[0].to(dtype)
+        a, b = lora_A.to(dtype), lora_B.to(dtype)
+        g = (dy @ b) * ctx.scale
+        xc = x.to(dtype)
+        if key is not None:
+            mask = keep_mask(tuple(xc.shape), ctx.p, key, xc.device)
+            keep = 1.0 / (1.0 - ctx.p)
+            xc = torch.where(mask, xc * keep, torch.zeros((), dtype=dtype, device=xc.device))
+        d_a = (g.t() @ xc).to(lora_A.dtype)
+        d_b = ((dy.t() @ u) * ctx.scale).to(lora_B.dtype)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = dy @ ctx.weight()
+            if key is None:
+                d_x.addmm_(g, a)
+            else:
+                d_x += torch.where(
+                    mask, (g @ a) * keep, torch.zeros((), dtype=dtype, device=g.device)
+                )
+            d_x = d_x.to(x.dtype)
+        return d_x, d_a, d_b, None, None, None, None, None, None
+
+
+class FrozenLinear(torch.autograd.Function):
+    """``x Wᵀ + b`` with a frozen W that is asked for again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.weight, ctx.dtype, ctx.input_dtype = weight, dtype, x.dtype
+        return torch.nn.functional.linear(x.to(dtype), weight(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (grads[0].to(ctx.dtype) @ ctx.weight()).to(ctx.input_dtype), None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float,
+    key: Key | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The layer's output [T, out] in ``dtype`` for ``x`` [T, in] of any floating type.
+
+    ``weight()`` gives W [out, in] in ``dtype``; ``lora_A`` [r, in] and ``lora_B`` [out, r] are the
+    adapter in fp32 (cast to ``dtype`` for the products, gradients cast back), or None for the base
+    alone; ``key`` names the dropout mask, None drops nothing.
+    """
+    if lora_A is None or lora_B is None:
+        return FrozenLinear.apply(x, weight, bias, dtype)
+    return LoraLinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout_p, key, dtype)

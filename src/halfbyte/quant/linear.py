@@ -1,0 +1,107 @@
+"""A linear layer whose weight is 4-bit and frozen, and whose adapter learns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.kernels.dropout import dropout_key
+from halfbyte.kernels.lora_linear import lora_linear
+
+if TYPE_CHECKING:
+    from halfbyte.quant.nf4 import NF4Weight
+
+
+class DropoutPosition:
+    """Where training stands: with the seed and the module's number it names each dropout mask.
+
+    One object is shared by all layers of a model; the engine sets ``step`` and ``micro_batch``.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.step = 0
+        self.micro_batch = 0
+
+
+class QLoRALinear(nn.Module):
+    """``y = x · dequant(W)ᵀ + b + (lora_alpha / r) · B A drop(x)``.
+
+    ``base`` holds W [out, in] in NF4. ``dense`` is a copy of it in ``compute_dtype`` where memory
+    allows one to be kept, equal bit for bit to what ``base`` dequantizes to. ``lora_A`` [r, in]
+    and ``lora_B`` [out, r] are fp32 parameters, None before an adapter is attached.
+    """
+
+    def __init__(
+        self,
+        base: NF4Weight,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias, persistent=False)
+        self.dense: Tensor | None = None
+        self.lora_A: nn.Parameter | None = None
+        self.lora_B: nn.Parameter | None = None
+        self.adapter_enabled = True
+        self.scale = 1.0
+        self.dropout_p = 0.0
+        self.number = 0
+        self.position: DropoutPosition | None = None
+
+    @classmethod
+    def from_weight(
+        cls,
+        nf4: NF4Weight,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        compute_dtype: torch.dtype,
+    ) -> QLoRALinear:
+        """The layer around an already quantized weight; ``bias`` [out] in ``compute_dtype``."""
+        return cls(nf4, bias, in_features, out_features, compute_dtype)
+
+    def weight_dense(self) -> Tensor:
+        """W [out, in] in ``compute_dtype``: the kept copy, or dequantized now."""
+        if self.dense is not None:
+            return self.dense
+        return self.base.dequantize(self.compute_dtype)
+
+    def keep_dense(self) -> int:
+        """Dequantize once and keep it; returns the bytes that it takes."""
+        self.dense = self.base.dequantize(self.compute_dtype)
+        return self.dense.numel() * self.dense.element_size()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] of any floating type → [..., out] in ``compute_dtype``."""
+        on = self.adapter_enabled and self.lora_A is not None
+        key = None
+        if on and self.training and self.dropout_p > 0.0:
+            at = self.position
+            assert at is not None, "attach_lora gives every layer its position"
+            key = dropout_key(at.seed, at.step, at.micro_batch, self.number)
+        y = lora_linear(
+            x.reshape(-1, self.in_features),
+            self.weight_dense,
+            self.bias,
+            self.lora_A if on else None,
+            self.lora_B if on else None,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            key=key,
+            dtype=self.compute_dtype,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.lora_A is None else self.lora_A.shape[0]
+        return f"{self.in_features} → {self.out_features}, nf4, r={rank}"
