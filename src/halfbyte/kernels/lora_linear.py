@@ -25,7 +25,7 @@ Key = tuple[int, int]
 
 
 class LoraLinear(torch.autograd.Function):
-    """``LoraLinear.apply(x, A, B, weight, bias, scale, p, key, dtype)``, see :func:`lora_linear`."""
+    """The adapted product; :func:`lora_linear` names its arguments."""
 
     @staticmethod
     def forward(

@@ -7,6 +7,7 @@ window are therefore this function's own business, and a call without borders is
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def varlen_attention(
             sliding_window,
             softcap,
         )
-        for start, stop in zip(row_borders, row_borders[1:], strict=False)
+        for start, stop in pairwise(row_borders)
         if stop > start
     ]
     out = rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)

@@ -160,8 +160,8 @@ def _check_head(model: QLoRAModel) -> None:
     )
     model.network.train(training)
     apart = (ours - theirs).abs().max().item()
-    if not apart <= 0.05 * max(1.0, theirs.abs().max().item()):
+    if not apart <= 0.05 * theirs.abs().max().item():
         raise ModelError(
-            f"the logits of {type(model.network).__name__} are not its last hidden states times its "
-            "head, so its loss cannot be computed as halfbyte does; choose another model."
+            f"the logits of {type(model.network).__name__} are not its last hidden states times "
+            "its head, so its loss cannot be computed as halfbyte does; choose another model."
         )
