@@ -67,7 +67,7 @@ def unquantized_loss(
     before it runs and loses it after, so that one of them is in memory at a time; passes are
     long, since each of them reads the whole model.
     """
-    with model.adapter_off(), _original_weights(model, read):
+    with model.adapter_on(False), _original_weights(model, read):
         return held_out_loss(model, rows, tokens_at_once=4 * TOKENS_AT_ONCE)
 
 

@@ -41,11 +41,15 @@ class EventLog:
         self.listeners: list[Emit] = list(listeners or [])
 
     def __call__(self, event: Event) -> None:
-        line = {"kind": event.kind, "time": round(time.time(), 3), **_plain(event)}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self.write(Record(time.time(), event))
         for listener in self.listeners:
             listener(event)
+
+    def write(self, record: Record) -> None:
+        """Append an event that happened at another time; no listener hears of it."""
+        line = {"kind": record.event.kind, "time": round(record.time, 3), **_plain(record.event)}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

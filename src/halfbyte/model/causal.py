@@ -107,10 +107,10 @@ class QLoRAModel:
             self.network.gradient_checkpointing_disable()
 
     @contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """The base model alone while the context lasts."""
+    def adapter_on(self, on: bool) -> Iterator[None]:
+        """With the adapter, or the base model alone, while the context lasts."""
         for layer in self.lora.values():
-            layer.adapter_enabled = False
+            layer.adapter_enabled = on
         try:
             yield
         finally:

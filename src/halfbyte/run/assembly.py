@@ -1,0 +1,130 @@
+"""From a recipe to everything that a run needs but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from halfbyte.data.batching import Batches
+from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.events.types import Audited, Event, Warned
+from halfbyte.model.source import ModelSource, open_model
+from halfbyte.plan.device import Device, environment_event, find_device
+from halfbyte.plan.resolve import Resolved, resolve
+from halfbyte.recipe import Recipe
+from halfbyte.run.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A run with every setting decided and its rows tokenized."""
+
+    recipe: Recipe  # effective: no "auto" is left
+    source: ModelSource
+    data: Prepared
+    device: Device
+    resolved: Resolved
+
+    @cached_property
+    def batches(self) -> Batches:
+        """The training rows by optimizer step."""
+        training = self.recipe.training
+        return Batches(
+            self.data.train,
+            int(training.batch_size),
+            int(training.gradient_accumulation),
+            self.recipe.seed,
+        )
+
+
+def assemble(
+    recipe: Recipe, emit: RunRecord, *, recipe_folder: Path | None = None, tell: bool = True
+) -> Assembly:
+    """Find the device, open the model, prepare the rows and decide what was left open.
+
+    Paths in the recipe are looked for from the working directory and then from
+    ``recipe_folder``. ``tell=False`` leaves the choices unsaid, for a run that goes on with
+    choices made before.
+    """
+    device = find_device(recipe.device)
+    emit(environment_event(device))
+    with emit.phase("model"):
+        source = open_model(_located_model(recipe, recipe_folder))
+    located = _located_data(recipe, recipe_folder)
+    with emit.phase("tokenize"):
+        data = prepare(located, source.tokenizer, model_max_length(source.config))
+    resolved = resolve(
+        recipe,
+        device=device,
+        model_config=source.config,
+        rows=len(data.train),
+        max_length=data.max_length,
+        held_out=len(data.held_out),
+    )
+    audit = replace(data.audit, source=recipe.data.path)
+    emit(audit)
+    if tell:
+        for choice in [*data.choices, *resolved.choices]:
+            emit(choice)
+        for text in [*data.warnings, *resolved.warnings]:
+            emit(Warned(text))
+    return Assembly(resolved.recipe, source, data, device, resolved)
+
+
+def model_max_length(config: Any) -> int:
+    """Longest row in tokens that the model takes."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+
+
+def _located_model(recipe: Recipe, folder: Path | None) -> Any:
+    name = _located(recipe.model.name, folder)
+    return recipe.model.model_copy(update={"name": name})
+
+
+def _located_data(recipe: Recipe, folder: Path | None) -> Recipe:
+    paths: dict[str, Any] = {"path": _located(recipe.data.path, folder)}
+    if recipe.data.held_out_path is not None:
+        paths["held_out_path"] = _located(recipe.data.held_out_path, folder)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+
+
+def _located(name: str, folder: Path | None) -> str:
+    """``name``, or where it lies beside the recipe if only there."""
+    if folder is not None and not Path(name).exists() and (folder / name).exists():
+        return str(folder / name)
+    return name
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run would do."""
+
+    recipe: Recipe
+    steps: int
+    audit: Audited
+    events: list[Event] = field(default_factory=list)
+
+
+def rehearse(
+    recipe: Recipe,
+    *,
+    max_steps: int | None = None,
+    recipe_folder: Path | None = None,
+    listeners: Sequence[Any] = (),
+) -> Rehearsal:
+    """Everything before the weights are read: nothing is written."""
+    events: list[Event] = []
+    emit = RunRecord([events.append, *listeners])
+    assembly = assemble(with_max_steps(recipe, max_steps), emit, recipe_folder=recipe_folder)
+    return Rehearsal(assembly.recipe, assembly.resolved.steps, assembly.data.audit, events)
+
+
+def with_max_steps(recipe: Recipe, max_steps: int | None) -> Recipe:
+    """``recipe`` with ``--max-steps`` put in."""
+    if max_steps is None:
+        return recipe
+    training = recipe.training.model_copy(update={"max_steps": max_steps})
+    return recipe.model_copy(update={"training": training})

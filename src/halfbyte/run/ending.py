@@ -1,0 +1,158 @@
+"""What follows the last step: choose, save, read again, answer, measure."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import halfbyte
+from halfbyte.data.batching import make_batch
+from halfbyte.evaluate.held_out import unquantized_loss
+from halfbyte.events import read_events
+from halfbyte.events.types import (
+    Answered,
+    Artifact,
+    Checked,
+    Evaluated,
+    Kept,
+    ModelLoaded,
+)
+from halfbyte.export.adapter_folder import write_adapter_folder
+from halfbyte.export.model_card import model_card
+from halfbyte.generate.answer import answer
+from halfbyte.model.adapter_files import read_adapter
+from halfbyte.run.assembly import Assembly
+from halfbyte.run.record import RunRecord
+from halfbyte.run.setup import Trainer
+from halfbyte.run.watch import Watch
+
+
+def end_run(
+    assembly: Assembly, trainer: Trainer, watch: Watch, record: RunRecord, folder: Path
+) -> None:
+    """Keep an adapter, save and check it, answer prompts with and without it."""
+    kept = _keep(assembly, trainer, watch)
+    record(kept)
+    if assembly.data.held_out and assembly.recipe.evaluation.base_loss:
+        with record.timed() as seconds:
+            base = unquantized_loss(trainer.model, assembly.data.held_out, assembly.source.read)
+        record(Evaluated(0, "base", base.loss, base.labels, base.rows, seconds()))
+    with record.phase("save"):
+        _save(assembly, trainer, folder, kept)
+    record(_read_again(assembly, trainer, folder))
+    with record.phase("answers"):
+        _answer_prompts(assembly, trainer, record)
+    for path in sorted([*(folder / "adapter").rglob("*"), folder / "recipe.yaml"]):
+        if path.is_file():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            record(Artifact(str(path.relative_to(folder)), path.stat().st_size, digest))
+
+
+def _keep(assembly: Assembly, trainer: Trainer, watch: Watch) -> Kept:
+    """Put the weights that the run keeps into the model."""
+    last = assembly.resolved.steps
+    if assembly.recipe.evaluation.keep == "last" or watch.best_adapter is None:
+        loss = watch.last_loss(last)
+        asked = assembly.recipe.evaluation.keep == "last"
+        why = "the last one, as the recipe says" if asked else "the last one: none was measured"
+        return Kept(last, why, loss)
+    assert watch.best_step is not None
+    trainer.load_adapter(watch.best_adapter)
+    why = "the lowest held-out loss" + (
+        ", which was the last step" if watch.best_step == last else ""
+    )
+    return Kept(watch.best_step, why, watch.best_loss)
+
+
+def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> None:
+    recipe = assembly.recipe
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, layer in trainer.model.lora.items():
+        assert layer.lora_A is not None
+        assert layer.lora_B is not None
+        layers[name] = (layer.lora_A.detach(), layer.lora_B.detach())
+    events = [r.event for r in read_events(folder)]
+    card = model_card(
+        recipe,
+        model=[e for e in events if isinstance(e, ModelLoaded)][-1],
+        audit=assembly.data.audit,
+        evaluations=[e for e in events if isinstance(e, Evaluated)],
+        kept=kept,
+        version=halfbyte.__version__,
+    )
+    write_adapter_folder(
+        folder / "adapter",
+        layers,
+        lora={
+            "r": recipe.lora.r,
+            "lora_alpha": recipe.lora.lora_alpha,
+            "lora_dropout": recipe.lora.lora_dropout,
+            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
+        },
+        base_name=assembly.source.name,
+        tokenizer=assembly.source.tokenizer,
+        chat_template=assembly.data.template.chat_template(),
+        card=card,
+    )
+
+
+@torch.no_grad()
+def _read_again(assembly: Assembly, trainer: Trainer, folder: Path) -> Checked:
+    """The adapter from disk must give the logits of the one in memory, bit for bit."""
+    model = trainer.model
+    model.network.eval()
+    batch = make_batch((assembly.data.held_out or assembly.data.train)[:1])
+    before = model.logits(batch)
+    in_memory = {n: p.detach().clone() for n, p in model.lora_parameters().items()}
+    for name, (a, b) in read_adapter(folder / "adapter").layers.items():
+        layer = model.lora[name]
+        assert layer.lora_A is not None
+        assert layer.lora_B is not None
+        layer.lora_A.fill_(torch.nan).copy_(a)
+        layer.lora_B.fill_(torch.nan).copy_(b)
+    after = model.logits(batch)
+    for name, parameter in model.lora_parameters().items():
+        parameter.copy_(in_memory[name])
+    apart = (before - after).abs().max().item()
+    return Checked(
+        "the saved adapter read again gives the same logits",
+        apart == 0.0,
+        f"largest difference {apart:g} over {before.shape[0]} positions × {before.shape[1]:,} logits",
+    )
+
+
+def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> None:
+    """A few held-out prompts, drawn by the seed, answered by the base and by the adapter."""
+    recipe, data = assembly.recipe, assembly.data
+    count = min(recipe.evaluation.prompts, len(data.held_out_rows))
+    if count == 0:
+        return
+    generator = np.random.default_rng(recipe.seed)
+    drawn = sorted(generator.choice(len(data.held_out_rows), count, replace=False).tolist())
+    tokenizer, template = assembly.source.tokenizer, data.template
+    prompts = [template.prompt(data.held_out_rows[i]) for i in drawn]
+    for when in ("before", "after"):
+        with trainer.model.adapter_on(when == "after"):
+            answers = answer(
+                trainer.model.network,
+                tokenizer,
+                prompts,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+            )
+        for i, given in zip(drawn, answers, strict=True):
+            row = data.held_out_rows[i]
+            record(
+                Answered(
+                    row=data.held_out[i].row,
+                    when=when,
+                    prompt=template.question(row),
+                    text=given.text,
+                    reference=row["output"],
+                    tokens=given.tokens,
+                    seconds=given.seconds,
+                )
+            )

@@ -1,0 +1,26 @@
+"""What must be the same for a run to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+
+from halfbyte.run.assembly import Assembly
+
+
+def fingerprint(assembly: Assembly) -> str:
+    """SHA-256 of the recipe's parts that decide the weights, and of the rows as tokens."""
+    recipe = assembly.recipe.model_dump(
+        exclude={"title", "author", "objective", "report", "device", "checkpoints", "evaluation"}
+    )
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    for row in assembly.data.train:
+        digest.update(row.input_ids.tobytes())
+        digest.update(row.loss_mask.tobytes())
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that decide a run's bits."""
+    return {name: version(name) for name in ("torch", "transformers", "halfbyte")}

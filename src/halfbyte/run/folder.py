@@ -1,0 +1,142 @@
+"""Run folders: their names, who may write into one, and which is the latest."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from datetime import date
+from pathlib import Path
+
+from halfbyte.errors import RunError
+from halfbyte.events import read_events
+from halfbyte.events.log import FILE_NAME as EVENTS_FILE
+from halfbyte.events.types import Finished
+
+LATEST = "latest"
+
+# What a run writes into its folder, and all that --overwrite removes.
+CONTENTS = (
+    "adapter",
+    "checkpoints",
+    "plots",
+    EVENTS_FILE,
+    "recipe.yaml",
+    "recipe.asked.yaml",
+    "report.md",
+    "report.html",
+    "report.pdf",
+)
+
+
+def claim_folder(out: Path | None, runs: Path, recipe_name: str, *, overwrite: bool) -> Path:
+    """The folder of a new run, made and empty of another run's files (unless ``overwrite``).
+
+    Without ``out`` it is ``runs/<recipe>-<date>-<n>`` with the first free n. Raises RunError for
+    a folder that holds a run, naming the next free one, and where no folder can be made.
+    """
+    if out is not None:
+        if not overwrite:
+            _refuse_if_taken(out)
+        _make(out, exist_ok=True)
+        return out
+    slug = re.sub(r"[^A-Za-z0-9._]+", "-", recipe_name).strip("-.") or "run"
+    n = 1
+    while True:
+        folder = runs / f"{slug}-{date.today().isoformat()}-{n}"
+        try:
+            _make(folder, exist_ok=False)
+            return folder
+        except FileExistsError:
+            n += 1
+
+
+def _make(folder: Path, *, exist_ok: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        if not exist_ok and folder.is_dir():
+            raise
+        raise RunError(
+            f"{folder} is a file, so no run can be written there; choose another --out."
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"the run folder {folder} cannot be made ({error.strerror}); choose another --out."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"the run folder {folder} cannot be written; choose another --out.")
+
+
+def _refuse_if_taken(folder: Path) -> None:
+    if not (folder / EVENTS_FILE).exists():
+        return
+    if is_finished(folder):
+        raise RunError(
+            f"{folder} already holds a finished run; use --out {_next_free(folder)}, or "
+            "--overwrite to replace it."
+        )
+    raise RunError(
+        f"{folder} holds a run that has not finished; go on with it by "
+        f"halfbyte train --resume {folder}, use --out {_next_free(folder)}, or --overwrite it."
+    )
+
+
+def _next_free(folder: Path) -> Path:
+    n = 2
+    while folder.with_name(f"{folder.name}-{n}").exists():
+        n += 1
+    return folder.with_name(f"{folder.name}-{n}")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run of ``folder`` did its last step and saved its adapter."""
+    return any(isinstance(record.event, Finished) for record in read_events(folder))
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove an earlier run's files from ``folder``, and nothing else."""
+    for name in CONTENTS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def point_latest(folder: Path, runs: Path) -> None:
+    """Let ``runs/latest`` point at ``folder``."""
+    runs.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.relpath(folder.resolve(), runs.resolve()))
+    partial = runs / f".{LATEST}.{os.getpid()}"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target, target_is_directory=True)
+    partial.replace(runs / LATEST)
+
+
+def latest_run(runs: Path = Path("runs")) -> Path:
+    """The folder that ``runs/latest`` points at. Raises RunError where there is none."""
+    link = runs / LATEST
+    if not link.is_dir():
+        raise RunError(
+            f"there is no latest run in {runs}/; name a run folder, or make one with "
+            "halfbyte train RECIPE.yaml."
+        )
+    return runs / os.readlink(link)
+
+
+def require_run(folder: Path) -> None:
+    """Raises RunError unless ``folder`` holds a run's records."""
+    if not (folder / EVENTS_FILE).exists():
+        what = "does not exist" if not folder.exists() else f"holds no run (no {EVENTS_FILE})"
+        raise RunError(f"{folder} {what}; name the folder that halfbyte train printed.")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises RunError where the disk of ``folder`` has not ``needed`` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free and this run writes up to "
+            f"{needed / 1e6:,.0f} MB; free some space or choose another --out."
+        )

@@ -1,0 +1,54 @@
+"""A run as Python sees it after ``train``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.events import read_events
+from halfbyte.events.types import Evaluated, Step
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ``train`` returns; everything else is in ``folder``."""
+
+    folder: Path
+    interrupted: bool
+    step: int  # the last one finished
+
+    @classmethod
+    def make(cls, folder: Path, *, interrupted: bool) -> Run:
+        """Write the report of ``folder`` and describe it."""
+        from halfbyte.report import make_report
+
+        make_report(folder)
+        steps = [r.event.step for r in read_events(folder) if isinstance(r.event, Step)]
+        return cls(folder, interrupted, max(steps, default=0))
+
+    @property
+    def finished(self) -> bool:
+        return not self.interrupted
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    def losses(self) -> list[tuple[int, float]]:
+        """Training loss by step; a step done twice after a resume counts as done last."""
+        events = (record.event for record in read_events(self.folder))
+        return sorted({e.step: e.loss for e in events if isinstance(e, Step)}.items())
+
+    def held_out(self) -> dict[str, list[tuple[int, float]]]:
+        """Held-out losses as (step, loss) by what was measured: base, quantized base, adapter."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for record in read_events(self.folder):
+            if isinstance(record.event, Evaluated):
+                found.setdefault(record.event.what, []).append(
+                    (record.event.step, record.event.loss)
+                )
+        return found

@@ -1,0 +1,63 @@
+"""The events of a run on their way: heard at once, on disk once there is something to keep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfbyte.events import Emit, EventLog, Record
+from halfbyte.events.types import Event, Phase
+
+
+class RunRecord:
+    """Emits events to the listeners and, from ``open`` on, to the run folder.
+
+    Whatever is wrong with a recipe, its data or its model shows before step 1; until then nothing
+    is written, so that a run that never began leaves nothing behind. The events so far are
+    written, with their own times, when the folder is opened.
+    """
+
+    def __init__(self, listeners: Sequence[Emit] = ()) -> None:
+        self.listeners = list(listeners)
+        self._waiting: list[Record] = []
+        self._log: EventLog | None = None
+
+    @property
+    def opened(self) -> bool:
+        return self._log is not None
+
+    def __call__(self, event: Event) -> None:
+        if self._log is None:
+            self._waiting.append(Record(time.time(), event))
+            for listener in self.listeners:
+                listener(event)
+        else:
+            self._log(event)
+
+    def open(self, folder: Path) -> None:
+        """Write what has happened so far into ``folder`` and everything else as it happens."""
+        log = EventLog(folder)
+        for record in self._waiting:
+            log.write(record)
+        self._waiting.clear()
+        log.listeners = self.listeners
+        self._log = log
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Emits how long the body took, if it ended well."""
+        began = time.perf_counter()
+        yield
+        self(Phase(name, time.perf_counter() - began))
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        """Gives a function that tells the seconds since the body began."""
+        began = time.perf_counter()
+        yield lambda: time.perf_counter() - began

@@ -1,0 +1,111 @@
+"""What each technique did in this run, in figures, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from halfbyte.data.batch import Batch, TokenizedRow
+from halfbyte.data.batching import make_batch
+from halfbyte.engine.saved import saved_bytes
+from halfbyte.events.types import Choice, Technique
+from halfbyte.model.causal import QLoRAModel
+from halfbyte.recipe import Recipe
+
+_WORDS = {
+    "bf16": "bfloat16, which has the range of fp32 and needs no loss scaling",
+    "fp16": "float16, with the loss scaled so that small gradients do not vanish",
+    "fp32": "float32 throughout",
+}
+# PagedAdamW of bitsandbytes pages the state of a parameter of at least so many elements.
+PAGED_FROM = 100_000
+
+
+def techniques(
+    recipe: Recipe,
+    model: QLoRAModel,
+    choices: Sequence[Choice],
+    rows: Sequence[TokenizedRow],
+    batch: Batch,
+    optimizer_bytes: int,
+) -> list[Technique]:
+    """One event each for gradient checkpointing, mixed precision and the optimizer.
+
+    ``rows`` are the training rows, ``batch`` the first micro-batch, ``optimizer_bytes`` what the
+    optimizer's state takes.
+    """
+    return [
+        _checkpointing(bool(recipe.training.gradient_checkpointing), model, rows, batch),
+        _precision(recipe, model, choices),
+        _optimizer(recipe, model, choices, optimizer_bytes),
+    ]
+
+
+def _checkpointing(
+    on: bool, model: QLoRAModel, rows: Sequence[TokenizedRow], batch: Batch
+) -> Technique:
+    # Counted on the shortest row, then scaled by tokens: what is kept grows with the tokens, and
+    # a whole batch kept without recomputing might not fit, which is why it may be on.
+    short = make_batch([min(rows, key=len)])
+    model.use_gradient_checkpointing(False)
+    whole = saved_bytes(model, short)
+    model.use_gradient_checkpointing(True)
+    recomputed = saved_bytes(model, short)
+    model.use_gradient_checkpointing(on)
+    per_token = batch.num_tokens / short.num_tokens
+    saved = int((whole - recomputed) * per_token)
+    figures = {
+        "tokens": float(batch.num_tokens),
+        "bytes kept without": whole * per_token,
+        "bytes kept with": recomputed * per_token,
+        "bytes saved": float(saved) if on else 0.0,
+    }
+    tokens = f"{batch.num_tokens:,} tokens"
+    if on:
+        text = (
+            f"Each layer was computed again in the backward pass, so that a batch of {tokens} kept "
+            f"{recomputed * per_token / 1e6:,.0f} MB and not {whole * per_token / 1e6:,.0f} MB."
+        )
+    else:
+        text = (
+            f"Off: a batch of {tokens} keeps {whole * per_token / 1e6:,.0f} MB, which fits; "
+            f"recomputing would have saved {saved / 1e6:,.0f} MB and cost a third more time."
+        )
+    return Technique("gradient checkpointing", on, text, figures)
+
+
+def _precision(recipe: Recipe, model: QLoRAModel, choices: Sequence[Choice]) -> Technique:
+    reason = _reason(choices, "precision")
+    rest = model.network.get_input_embeddings().weight.dtype
+    mixed = recipe.precision != "fp32"
+    text = f"Products in {_WORDS[str(recipe.precision)]}"
+    if mixed:
+        text += f"; the adapter in fp32, norms and embeddings in {str(rest).removeprefix('torch.')}"
+    return Technique("mixed precision", mixed, f"{text}{': ' + reason if reason else ''}.")
+
+
+def _optimizer(
+    recipe: Recipe, model: QLoRAModel, choices: Sequence[Choice], state_bytes: int
+) -> Technique:
+    name = recipe.training.optimizer
+    parameters = model.lora_parameters().values()
+    count = sum(p.numel() for p in parameters)
+    largest = max(p.numel() for p in parameters)
+    in_fp32 = 8 * count
+    text = f"{name}: {state_bytes / 1e6:,.1f} MB of state for {count:,} parameters"
+    if name != "adamw":
+        text += f", where 32-bit moments would take {in_fp32 / 1e6:,.1f} MB"
+    asked = next((c.asked for c in choices if c.key == "training.optimizer"), name)
+    if "paged" in str(asked):
+        what = (
+            f"the largest trained matrix has {largest:,} elements and pages are only used from "
+            f"{PAGED_FROM:,}"
+            if largest < PAGED_FROM
+            else "the state is small enough to stay where the adapter is"
+        )
+        text += f"; nothing is really paged in this run: {what}"
+    figures = {"bytes": float(state_bytes), "bytes in fp32": float(in_fp32)}
+    return Technique("optimizer", True, text + ".", figures)
+
+
+def _reason(choices: Sequence[Choice], key: str) -> str:
+    return next((c.reason for c in choices if c.key == key), "").rstrip(".")

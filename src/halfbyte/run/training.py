@@ -1,0 +1,184 @@
+"""A training run from a recipe to its folder: the order in which things happen."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import halfbyte
+from halfbyte.errors import RunError
+from halfbyte.events import Emit
+from halfbyte.events.types import Finished, Interrupted, RunStarted, TrainingStarted
+from halfbyte.loop.steps import run_steps
+from halfbyte.recipe import Recipe
+from halfbyte.recipe.write import dump_recipe
+from halfbyte.run.assembly import Assembly, assemble, with_max_steps
+from halfbyte.run.ending import end_run
+from halfbyte.run.folder import check_space, claim_folder, clear_folder, point_latest
+from halfbyte.run.interrupt import StopRequest
+from halfbyte.run.outcome import Run
+from halfbyte.run.record import RunRecord
+from halfbyte.run.resume import Resumed, open_resumed
+from halfbyte.run.setup import Trainer, load_model, make_trainer
+from halfbyte.run.techniques import techniques
+from halfbyte.run.watch import Watch
+
+
+def train(
+    recipe: Recipe | None = None,
+    *,
+    out: Path | str | None = None,
+    recipe_name: str | None = None,
+    asked: str | None = None,
+    max_steps: int | None = None,
+    overwrite: bool = False,
+    resume: Path | str | None = None,
+    runs: Path | str = Path("runs"),
+    listeners: Sequence[Emit] = (),
+    command: list[str] | None = None,
+    recipe_folder: Path | None = None,
+) -> Run:
+    """Fine-tune as ``recipe`` says; returns the run, whose folder holds all that came out.
+
+    ``out`` is the run folder (by default the next free ``runs/<recipe_name>-<date>-<n>``);
+    ``asked`` the recipe's own text, kept beside the effective one; ``max_steps`` ends the run
+    earlier than the recipe does; ``resume`` goes on with an interrupted run's folder, and then
+    the recipe is the one in it. ``listeners`` are called with every event.
+
+    Raises a HalfbyteError, and leaves nothing behind, for whatever is wrong before step 1.
+    """
+    began = time.time()
+    record = RunRecord(listeners)
+    runs = Path(runs)
+    resumed: Resumed | None = None
+    if resume is not None:
+        resumed = open_resumed(Path(resume))
+        recipe, folder = resumed.recipe, resumed.folder
+    elif recipe is None:
+        raise RunError("there is no recipe to train; give one, or a run folder to resume.")
+    else:
+        recipe = with_max_steps(recipe, max_steps)
+        folder = claim_folder(
+            None if out is None else Path(out), runs, recipe_name or "run", overwrite=overwrite
+        )
+    try:
+        record(
+            RunStarted(
+                version=halfbyte.__version__,
+                command=command or ["halfbyte.train"],
+                folder=str(folder),
+                resumed_from=resumed.state.step if resumed else None,
+            )
+        )
+        assembly = assemble(
+            recipe, record, recipe_folder=recipe_folder or _folder(resumed), tell=resumed is None
+        )
+        trainer = _prepare(assembly, record, resumed)
+        check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
+        if resumed is None:
+            clear_folder(folder)
+            (folder / "recipe.yaml").write_text(dump_recipe(assembly.recipe), encoding="utf-8")
+            text = asked if asked is not None else dump_recipe(recipe)
+            (folder / "recipe.asked.yaml").write_text(text, encoding="utf-8")
+        record.open(folder)
+        point_latest(folder, runs)
+        return _run(assembly, trainer, record, folder, began, resumed)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RunError(
+            f"the disk of {folder} is full; free some space"
+            + (f" and go on with halfbyte train --resume {folder}." if record.opened else ".")
+        ) from error
+    finally:
+        record.close()
+        if not record.opened and resumed is None and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> Trainer:
+    """Everything in memory that step 1 (or the step after a checkpoint's) needs."""
+    with record.phase("quantize"):
+        model, loaded = load_model(
+            assembly.recipe,
+            assembly.source,
+            assembly.device.kind,
+            keep_copy=assembly.resolved.keep_copy,
+        )
+    record(loaded)
+    trainer = make_trainer(assembly, model)
+    if resumed is not None:
+        resumed.check(assembly)
+        trainer.load_state(resumed.tensors)
+        return trainer
+    with record.phase("warm-up"):
+        events = techniques(
+            assembly.recipe,
+            model,
+            [*assembly.data.choices, *assembly.resolved.choices],
+            assembly.data.train,
+            assembly.batches.step(1)[0],
+            sum(t.numel() * t.element_size() for t in trainer.optimizer.state_tensors().values()),
+        )
+    for event in events:
+        record(event)
+    return trainer
+
+
+def _run(
+    assembly: Assembly,
+    trainer: Trainer,
+    record: RunRecord,
+    folder: Path,
+    began: float,
+    resumed: Resumed | None,
+) -> Run:
+    """The steps, and what comes after them."""
+    recipe, resolved = assembly.recipe, assembly.resolved
+    record(
+        TrainingStarted(
+            rows=len(assembly.data.train),
+            batch_size=int(recipe.training.batch_size),
+            gradient_accumulation=int(recipe.training.gradient_accumulation),
+            steps=resolved.steps,
+            steps_per_epoch=resolved.steps_per_epoch,
+            epochs=resolved.steps / resolved.steps_per_epoch,
+            device=assembly.device.name,
+            precision=str(recipe.precision),
+        )
+    )
+    watch = Watch(assembly, trainer, record, folder)
+    if resumed is None:
+        watch.evaluate_start()
+    else:
+        watch.go_on_from(resumed.state, resumed.best)
+    first = 1 if resumed is None else resumed.state.step + 1
+    with StopRequest() as stop:
+        last = run_steps(
+            trainer.step,
+            assembly.batches.step,
+            first=first,
+            last=resolved.steps,
+            after=[watch.note_step, watch.evaluate, watch.checkpoint],
+            stop=lambda: stop.requested,
+        )
+    watch.note_energy()
+    if last < resolved.steps:
+        watch.save(last)
+        record(Interrupted(last, stop.name))
+        return Run.make(folder, interrupted=True)
+    end_run(assembly, trainer, watch, record, folder)
+    record(Finished(last, time.time() - began))
+    return Run.make(folder, interrupted=False)
+
+
+def _folder(resumed: Resumed | None) -> Path | None:
+    return None if resumed is None else resumed.recipe_folder
+
+
+def _bytes_written(trainer: Trainer, keep_last: int) -> int:
+    """Upper bound of what the run writes: checkpoints (one more while it is written), adapter."""
+    state = sum(t.numel() * t.element_size() for t in trainer.state().values())
+    return state * (keep_last + 3) + 50_000_000

@@ -1,0 +1,132 @@
+"""What happens between the steps: events, held-out loss, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.files import CheckpointState, prune_checkpoints, save_checkpoint
+from halfbyte.evaluate.held_out import held_out_loss
+from halfbyte.events.types import Checkpointed, Evaluated, Step, Warned
+from halfbyte.loop.steps import FinishedStep
+from halfbyte.run.assembly import Assembly
+from halfbyte.run.energy import EnergyMeter
+from halfbyte.run.fingerprint import fingerprint, package_versions
+from halfbyte.run.record import RunRecord
+from halfbyte.run.setup import Trainer
+
+
+class Watch:
+    """The callables that the loop calls after each step, and what they remember.
+
+    ``best_step``, ``best_loss`` and ``best_adapter`` belong to the lowest held-out loss so far.
+    """
+
+    def __init__(
+        self, assembly: Assembly, trainer: Trainer, record: RunRecord, folder: Path
+    ) -> None:
+        self.assembly = assembly
+        self.trainer = trainer
+        self.record = record
+        self.checkpoints = folder / "checkpoints"
+        self.best_step: int | None = None
+        self.best_loss: float | None = None
+        self.best_adapter: dict[str, Tensor] | None = None
+        self._last_loss: tuple[int, float] | None = None  # step, held-out loss
+        self._saved = 0  # step of the last checkpoint
+        self._process = psutil.Process()
+        self._energy = EnergyMeter(assembly.device.kind)
+
+    def evaluate_start(self) -> None:
+        """Held-out loss of the quantized base: the adapter adds nothing before step 1."""
+        if self.assembly.data.held_out:
+            self._measure(0, "quantized base")
+
+    def go_on_from(self, state: CheckpointState, best: dict[str, Tensor] | None) -> None:
+        """Remember what an earlier process knew at the checkpoint of ``state``."""
+        self.best_step, self.best_loss, self.best_adapter = state.best_step, state.best_loss, best
+        if state.held_out_loss is not None:
+            self._last_loss = (state.step, state.held_out_loss)
+        self._saved = state.step
+
+    def note_step(self, step: FinishedStep) -> None:
+        """Emit the step's event."""
+        rates = self.trainer.step.learning_rates
+        self.record(
+            Step(
+                step=step.number,
+                epoch=step.number / self.assembly.resolved.steps_per_epoch,
+                loss=step.loss,
+                learning_rate=rates[step.number - 1].item(),
+                grad_norm=step.grad_norm,
+                tokens=step.tokens,
+                labels=step.labels,
+                seconds=step.seconds,
+                memory_bytes=self._memory(),
+                skipped=not step.updated,
+            )
+        )
+        if not step.updated and not self.trainer.scaler.enabled:
+            self.record(Warned("the gradient was not finite: no update was made", step.number))
+
+    def evaluate(self, step: FinishedStep) -> None:
+        """Held-out loss where the recipe wants it, and after the last step."""
+        every = int(self.assembly.recipe.evaluation.every_steps)
+        last = step.number == self.assembly.resolved.steps
+        if not self.assembly.data.held_out or not every:
+            return
+        if step.number % every == 0 or last:
+            loss = self._measure(step.number, "adapter")
+            self._last_loss = (step.number, loss)
+            if self.best_loss is None or loss < self.best_loss:
+                self.best_step, self.best_loss = step.number, loss
+                self.best_adapter = self.trainer.adapter()
+
+    def checkpoint(self, step: FinishedStep) -> None:
+        """A checkpoint where the recipe wants one, and after the last step."""
+        every = int(self.assembly.recipe.checkpoints.every_steps)
+        if step.number % every == 0 or step.number == self.assembly.resolved.steps:
+            self.save(step.number)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of ``step``, unless it is there, and remove those not kept."""
+        if self._saved == step:
+            return
+        state = CheckpointState(
+            step=step,
+            held_out_loss=self.last_loss(step),
+            best_step=self.best_step,
+            best_loss=self.best_loss,
+            versions=package_versions(),
+            device=self.assembly.device.name,
+            fingerprint=fingerprint(self.assembly),
+        )
+        path = save_checkpoint(self.checkpoints, state, self.trainer.state())
+        self._saved = step
+        self.record(Checkpointed(step, f"checkpoints/{path.name}", state.held_out_loss))
+        keep_last = self.assembly.recipe.checkpoints.keep_last
+        prune_checkpoints(self.checkpoints, keep_last, self.best_step)
+
+    def last_loss(self, step: int) -> float | None:
+        """The held-out loss of ``step``, if that was the last one measured."""
+        return self._last_loss[1] if self._last_loss and self._last_loss[0] == step else None
+
+    def note_energy(self) -> None:
+        """Emit the energy of the steps where the machine reports it."""
+        energy = self._energy.read()
+        if energy is not None:
+            self.record(energy)
+
+    def _measure(self, step: int, what: str) -> float:
+        with self.record.timed() as seconds:
+            found = held_out_loss(self.trainer.model, self.assembly.data.held_out)
+        self.record(Evaluated(step, what, found.loss, found.labels, found.rows, seconds()))
+        return found.loss
+
+    def _memory(self) -> int:
+        if self.assembly.device.kind == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return int(self._process.memory_info().rss)
