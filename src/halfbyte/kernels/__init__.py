@@ -1,0 +1,1 @@
+"""One file a kernel: the mathematics, a plain PyTorch reference, and what is faster than it."""

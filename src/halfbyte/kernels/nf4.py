@@ -1,0 +1,170 @@
+"""4-bit NormalFloat: quantize and dequantize blocks (Dettmers et al., 2023, section 3).
+
+A block of weights w shares one scale, absmax = max |w|; each weight is stored as the index of the
+code-book value nearest to w / absmax, two to a byte, the first in the high half:
+
+    code_i = #{ borders below w_i · (1 / absmax) },   w'_i = CODE_BOOK[code_i] · absmax
+
+The code book holds the quantiles of a normal distribution, scaled to [-1, 1] with an exact zero.
+Everything is computed in fp32 in bitsandbytes' order, so codes, scales and dequantized values
+equal its own bit for bit on the same device. The scales can be quantized too (section 3, "double
+quantization"): see :func:`quantize_scales`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# bitsandbytes' fp32 values; tests compare them with its own.
+CODE_BOOK = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+SCALES_PER_BLOCK = 256  # scales that share a scale of their own
+
+# Elements worked on at once: what is made on the way (fp32 values, indices) stays under 100 MB.
+_CHUNK = 1 << 22
+
+
+@cache
+def _code_book(device: torch.device) -> Tensor:
+    return torch.tensor(CODE_BOOK, dtype=torch.float32, device=device)
+
+
+@cache
+def _borders(device: torch.device) -> Tensor:
+    book = _code_book(device)
+    return (book[:-1] + book[1:]) / 2
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """[256, 2]: the two values of each byte, so that one lookup gives both."""
+    book = _code_book(device)
+    return torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)
+
+
+def quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """``weight`` (fp32, bf16 or fp16, any shape) → codes uint8 [⌈n/2⌉], absmax fp32 [⌈n/block⌉].
+
+    ``block_size`` is even; the last block may be shorter.
+    """
+    flat = weight.reshape(-1)
+    n = flat.numel()
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
+    step = _CHUNK // block_size * block_size
+    for start in range(0, n, step):
+        chunk = flat[start : start + step].float()
+        whole = chunk.numel() // block_size * block_size
+        parts = []
+        if whole:
+            blocks = chunk[:whole].view(-1, block_size)
+            scale = blocks.abs().amax(dim=1)
+            first = start // block_size
+            absmax[first : first + len(scale)] = scale
+            # 1e-38 keeps a block of zeros from dividing by zero; the scale stored is the 0.
+            inverse = 1.0 / scale.clamp(min=1e-38)
+            parts.append((blocks * inverse[:, None]).clamp_(-1, 1).view(-1))
+        if whole < chunk.numel():
+            rest = chunk[whole:]
+            scale = rest.abs().amax().clamp(min=1e-38)
+            absmax[-1] = scale
+            parts.append((rest / scale).clamp_(-1, 1))
+        scaled = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if scaled.numel() % 2:
+            scaled = torch.nn.functional.pad(scaled, (0, 1))
+        index = torch.bucketize(scaled, _borders(flat.device), out_int32=True).to(torch.uint8)
+        codes[start // 2 : start // 2 + index.numel() // 2] = (index[::2] << 4) | index[1::2]
+    return codes, absmax
+
+
+def dequantize_blocks(
+    codes: Tensor, absmax: Tensor, block_size: int, n: int, dtype: torch.dtype
+) -> Tensor:
+    """codes uint8 [⌈n/2⌉], absmax fp32 [⌈n/block⌉] → [n] in ``dtype``."""
+    out = torch.empty(n, dtype=dtype, device=codes.device)
+    pairs = _pairs(codes.device)
+    step = _CHUNK // block_size * block_size
+    for start in range(0, n, step):
+        size = min(step, n - start)
+        index = codes[start // 2 : start // 2 + (size + 1) // 2].int()
+        values = pairs.index_select(0, index).view(-1)[:size]
+        whole = size // block_size * block_size
+        first = start // block_size
+        scales = absmax[first : first + whole // block_size]
+        values[:whole].view(-1, block_size).mul_(scales[:, None])
+        if whole < size:
+            values[whole:].mul_(absmax[-1])
+        out[start : start + size] = values
+    return out
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    return dynamic_map(signed=True).to(device)
+
+
+@cache
+def dynamic_map(signed: bool) -> Tensor:
+    """The 256 values of the 8-bit dynamic data type, ascending, fp32 [256].
+
+    Dettmers, 2015 (arXiv 1511.04561): the number of leading zeros is a decimal exponent, what
+    follows it a linear fraction, so that values over seven orders of magnitude are told apart.
+    Unsigned, the sign's bit gives twice as many fractions.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        count = 2**exponent if signed else 2 ** (exponent + 1)
+        borders = torch.linspace(0.1, 1, count + 1)
+        means = (borders[:-1] + borders[1:]) / 2.0
+        scaled = (10 ** (exponent - 6) * means).tolist()
+        values += scaled + ([-v for v in scaled] if signed else [])
+    values += [0.0] * (256 - len(values))
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """absmax fp32 [b] → codes uint8 [b], their scales fp32 [⌈b/256⌉], offset fp32 scalar.
+
+    The mean is subtracted first, which makes positive scales symmetric about 0. Its rounding
+    depends on the device, so codes can differ between a CPU and a GPU.
+    """
+    offset = absmax.mean()
+    centred = absmax - offset
+    book = _dynamic_map(absmax.device)
+    blocks = -(-centred.numel() // SCALES_PER_BLOCK)
+    padded = torch.nn.functional.pad(centred, (0, blocks * SCALES_PER_BLOCK - centred.numel()))
+    grouped = padded.view(blocks, SCALES_PER_BLOCK)
+    nested = grouped.abs().amax(dim=1)
+    # A block of zeros gives 0 / 0, which bitsandbytes makes code 0.
+    scaled = (grouped / nested[:, None]).nan_to_num_(nan=-1.0).view(-1)
+    if absmax.device.type == "cpu":
+        # There bitsandbytes looks codes up in a table over a grid of 65,536 values on [-1, 1]
+        # (a GPU searches the code itself), so 0.2 % of the codes are the nearest one's neighbour.
+        scaled = ((scaled + 1.0) * 32767.5 + 0.5).floor_() * 2.0 / 65535.0 - 1.0
+    codes = torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True)
+    return codes[: absmax.numel()].to(torch.uint8), nested, offset
+
+
+def dequantize_scales(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
+    """What :func:`quantize_scales` gave → absmax fp32 [b]."""
+    values = _dynamic_map(codes.device).index_select(0, codes.int())
+    return values * nested.repeat_interleave(SCALES_PER_BLOCK)[: len(values)] + offset
