@@ -78,6 +78,14 @@ class Fallback(Event):
 
 
 @dataclass(frozen=True)
+class PhaseStarted(Event):
+    """A phase began: for those who watch, the record keeps its end alone."""
+
+    kind: ClassVar[str] = "phase_started"
+    name: str
+
+
+@dataclass(frozen=True)
 class Phase(Event):
     """A phase before or after the steps ended ("download", "quantize", "tokenize", …)."""
 
@@ -247,6 +255,14 @@ class Artifact(Event):
     path: str  # relative to the run folder
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class StopAsked(Event):
+    """A signal asked the run to end after the step it is in: for those who watch."""
+
+    kind: ClassVar[str] = "stop_asked"
+    signal: str
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,17 @@ def assemble(
     """Find the device, open the model, prepare the rows and decide what was left open.
 
     Paths in the recipe are looked for from the working directory and then from
-    ``recipe_folder``. ``tell=False`` leaves the choices unsaid, for a run that goes on with
-    choices made before.
+    ``recipe_folder``; the effective recipe has them as they were found, so that a run can be
+    resumed and asked from where it was made. ``tell=False`` leaves the choices unsaid, for a run
+    that goes on with choices made before.
     """
+    asked_path, recipe = recipe.data.path, _located_recipe(recipe, recipe_folder)
     device = find_device(recipe.device)
     emit(environment_event(device))
     with emit.phase("model"):
-        source = open_model(_located_model(recipe, recipe_folder))
-    located = _located_data(recipe, recipe_folder)
+        source = open_model(recipe.model)
     with emit.phase("tokenize"):
-        data = prepare(located, source.tokenizer, model_max_length(source.config))
+        data = prepare(recipe, source.tokenizer, model_max_length(source.config))
     resolved = resolve(
         recipe,
         device=device,
@@ -64,7 +65,7 @@ def assemble(
         max_length=data.max_length,
         held_out=len(data.held_out),
     )
-    audit = replace(data.audit, source=recipe.data.path)
+    audit = replace(data.audit, source=asked_path)
     emit(audit)
     if tell:
         for choice in [*data.choices, *resolved.choices]:
@@ -79,16 +80,13 @@ def model_max_length(config: Any) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
 
 
-def _located_model(recipe: Recipe, folder: Path | None) -> Any:
-    name = _located(recipe.model.name, folder)
-    return recipe.model.model_copy(update={"name": name})
-
-
-def _located_data(recipe: Recipe, folder: Path | None) -> Recipe:
-    paths: dict[str, Any] = {"path": _located(recipe.data.path, folder)}
+def _located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:
+    model = recipe.model.model_copy(update={"name": _located(recipe.model.name, folder)})
+    paths = {"path": _located(recipe.data.path, folder)}
     if recipe.data.held_out_path is not None:
         paths["held_out_path"] = _located(recipe.data.held_out_path, folder)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+    data = recipe.data.model_copy(update=paths)
+    return recipe.model_copy(update={"model": model, "data": data})
 
 
 def _located(name: str, folder: Path | None) -> str:

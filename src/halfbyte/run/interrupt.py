@@ -5,16 +5,20 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 
 class StopRequest:
-    """A context in which SIGINT only asks: ``requested`` tells the loop to end after its step."""
+    """A context in which SIGINT only asks: ``requested`` tells the loop to end after its step.
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+    ``tell`` is called with the signal's name when it comes, inside the handler.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda name: None) -> None:
         self.requested = False
         self.name = ""
-        self._say = say
+        self._tell = tell
         self._before: object = None
 
     def __enter__(self) -> StopRequest:
@@ -31,4 +35,6 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         self.name = signal.Signals(number).name
-        self._say("finishing this step, then saving a checkpoint; press Ctrl-C again to stop now")
+        # The signal may have come while the same stream was being written, and then it refuses.
+        with suppress(RuntimeError):
+            self._tell(self.name)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.events import Emit, EventLog, Record
-from halfbyte.events.types import Event, Phase
+from halfbyte.events.types import Event, Phase, PhaseStarted
 
 
 class RunRecord:
@@ -31,10 +31,14 @@ class RunRecord:
     def __call__(self, event: Event) -> None:
         if self._log is None:
             self._waiting.append(Record(time.time(), event))
-            for listener in self.listeners:
-                listener(event)
+            self.tell(event)
         else:
             self._log(event)
+
+    def tell(self, event: Event) -> None:
+        """Let the listeners hear of ``event``, which the record does not keep."""
+        for listener in self.listeners:
+            listener(event)
 
     def open(self, folder: Path) -> None:
         """Write what has happened so far into ``folder`` and everything else as it happens."""
@@ -51,7 +55,8 @@ class RunRecord:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Emits how long the body took, if it ended well."""
+        """Tells that a phase begins, and emits how long the body took if it ended well."""
+        self.tell(PhaseStarted(name))
         began = time.perf_counter()
         yield
         self(Phase(name, time.perf_counter() - began))

@@ -10,7 +10,7 @@ from pathlib import Path
 import halfbyte
 from halfbyte.errors import RunError
 from halfbyte.events import Emit
-from halfbyte.events.types import Finished, Interrupted, RunStarted, TrainingStarted
+from halfbyte.events.types import Finished, Interrupted, RunStarted, StopAsked, TrainingStarted
 from halfbyte.loop.steps import run_steps
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
@@ -72,9 +72,7 @@ def train(
                 resumed_from=resumed.state.step if resumed else None,
             )
         )
-        assembly = assemble(
-            recipe, record, recipe_folder=recipe_folder or _folder(resumed), tell=resumed is None
-        )
+        assembly = assemble(recipe, record, recipe_folder=recipe_folder, tell=resumed is None)
         trainer = _prepare(assembly, record, resumed)
         check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
         if resumed is None:
@@ -150,12 +148,12 @@ def _run(
         )
     )
     watch = Watch(assembly, trainer, record, folder)
-    if resumed is None:
-        watch.evaluate_start()
-    else:
-        watch.go_on_from(resumed.state, resumed.best)
     first = 1 if resumed is None else resumed.state.step + 1
-    with StopRequest() as stop:
+    with StopRequest(lambda name: record.tell(StopAsked(name))) as stop:
+        if resumed is None:
+            watch.evaluate_start()
+        else:
+            watch.go_on_from(resumed.state, resumed.best)
         last = run_steps(
             trainer.step,
             assembly.batches.step,
@@ -172,10 +170,6 @@ def _run(
     end_run(assembly, trainer, watch, record, folder)
     record(Finished(last, time.time() - began))
     return Run.make(folder, interrupted=False)
-
-
-def _folder(resumed: Resumed | None) -> Path | None:
-    return None if resumed is None else resumed.recipe_folder
 
 
 def _bytes_written(trainer: Trainer, keep_last: int) -> int:
