@@ -1,0 +1,1 @@
+"""Base models, their loading into 4 bits, and their adapters."""

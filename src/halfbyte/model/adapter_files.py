@@ -1,0 +1,156 @@
+"""An adapter on disk, in PEFT's format.
+
+``adapter_model.safetensors`` holds ``base_model.model.<layer>.lora_A.weight`` [r, in] and
+``….lora_B.weight`` [out, r]; ``adapter_config.json`` says what they are. PEFT, vLLM and
+llama.cpp's converter read these two files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter folder holds."""
+
+    layers: dict[str, tuple[Tensor, Tensor]]  # layer's full name: A [r, in], B [out, r]
+    config: dict[str, Any]  # adapter_config.json
+
+
+def save_adapter(
+    folder: Path,
+    layers: dict[str, tuple[Tensor, Tensor]],
+    *,
+    base_name: str,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    target_modules: list[str],
+) -> None:
+    """Write the adapter into ``folder``, which is made if need be.
+
+    Each file is written under another name and renamed, so that none is ever half there; the
+    weights come first, since a folder with a configuration counts as an adapter.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, pair in layers.items():
+        for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
+            tensors[f"{_PREFIX}{name}{suffix}"] = tensor.detach().cpu().contiguous()
+    alpha = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": target_modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.partial"
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.replace(partial, folder / WEIGHTS)
+        partial = folder / f".{CONFIG}.partial"
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / CONFIG)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """The adapter in ``folder``, tensors on the CPU as stored.
+
+    Raises ModelError for a missing or damaged file, for pickled weights, and for an adapter that
+    is not plain LoRA.
+    """
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in tensors:
+        if not key.startswith(_PREFIX) or not key.endswith(_SUFFIXES):
+            raise ModelError(
+                f"{folder / WEIGHTS} holds {key}, which is not of a plain LoRA adapter, so it cannot "
+                "be read."
+            )
+        name = key.removeprefix(_PREFIX).removesuffix(_SUFFIXES[0]).removesuffix(_SUFFIXES[1])
+        a, b = (tensors.get(f"{_PREFIX}{name}{suffix}") for suffix in _SUFFIXES)
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise ModelError(
+                f"the two matrices of {name} in {folder / WEIGHTS} do not fit each other: the "
+                "adapter is damaged."
+            )
+        layers[name] = (a, b)
+    if not layers:
+        raise ModelError(f"{folder / WEIGHTS} holds no adapter: it is empty.")
+    return SavedAdapter(layers, config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} holds no adapter: {CONFIG} is missing.") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ModelError(f"{path} is not of a LoRA adapter, the only kind that halfbyte reads.")
+    odd = [
+        key
+        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+        if config.get(key)
+    ]
+    if config.get("bias", "none") != "none":
+        odd.append("bias")
+    if odd:
+        raise ModelError(f"{path} sets {', '.join(odd)}, which halfbyte's adapters do not have.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        pickled = "adapter_model.bin"
+        if (folder / pickled).exists():
+            raise ModelError(
+                f"the adapter in {folder} is pickled ({pickled}), which can run code when read; "
+                "save it as safetensors."
+            ) from error
+        raise ModelError(f"{folder} holds no adapter: {WEIGHTS} is missing.") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or was cut off ({error}): save it again.") from error

@@ -1,0 +1,154 @@
+"""Load a base model into 4 bits, one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import ModelError
+from halfbyte.model.skeleton import build_skeleton, make_buffers, quantized_linears
+from halfbyte.model.source import ModelSource
+from halfbyte.quant.linear import QLoRALinear
+from halfbyte.quant.nf4 import quantize_nf4
+from halfbyte.recipe.schema import QuantizationRecipe
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A transformers causal LM whose linear layers, the head excepted, are ``QLoRALinear``."""
+
+    model: Any
+    parameters: int  # frozen, in the shapes before packing, tied ones once
+    bytes_before: int  # of the weights that are quantized, at 16 bits each
+    bytes_after: int  # of the same in NF4, scales included
+    bytes_other: int  # norms, embeddings, head, biases, as kept
+    quantized_modules: int
+
+
+@torch.no_grad()
+def load_base(
+    source: ModelSource,
+    *,
+    quantization: QuantizationRecipe,
+    device: str,
+    compute_dtype: torch.dtype,
+    rest_dtype: torch.dtype,
+) -> LoadedBase:
+    """Read and quantize the model of ``source`` on ``device``.
+
+    Each linear layer's weight is moved to the device in the type that it is stored in, quantized
+    there and dropped before the next is read, so the 16-bit model never stands whole in memory.
+    Their biases are kept in ``compute_dtype``; norms, embeddings and the head in ``rest_dtype``,
+    and a head that is the embedding is kept once.
+
+    Raises ModelError for tensors that are missing, too many, or of a wrong shape or type.
+    """
+    model = build_skeleton(source.config, source.name)
+    linears = quantized_linears(model)
+    _require_complete(model, source)
+    parameters = sum(p.numel() for p in model.parameters())
+    before = after = 0
+    for name, linear in linears.items():
+        weight = _read(source, f"{name}.weight", linear.weight).to(device)
+        nf4 = quantize_nf4(
+            weight, block_size=quantization.block_size, double_quant=quantization.double_quant
+        )
+        del weight
+        bias = None
+        if linear.bias is not None:
+            bias = _kept(_read(source, f"{name}.bias", linear.bias), device, compute_dtype)
+        before += 2 * linear.weight.numel()
+        after += nf4.nbytes
+        layer = QLoRALinear.from_weight(
+            nf4, bias, linear.in_features, linear.out_features, compute_dtype
+        )
+        model.set_submodule(name, layer.eval())
+    _fill_rest(model, source, device, rest_dtype)
+    make_buffers(model, device)
+    kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return LoadedBase(model, parameters, before, after, sum(kept.values()), len(linears))
+
+
+def _fill_rest(model: Any, source: ModelSource, device: str, dtype: torch.dtype) -> None:
+    """Read what is no linear layer; parameters that are one object stay one."""
+    filled: dict[int, nn.Parameter] = {}
+    there = set(source.names())
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in filled or name not in there:
+            continue
+        value = _kept(_read(source, name, parameter), device, dtype)
+        filled[id(parameter)] = nn.Parameter(value, requires_grad=False)
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in filled:
+                setattr(module, leaf, filled[id(parameter)])
+    for name, buffer in list(model.named_buffers()):
+        if name in there and buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            value = _kept(_read(source, name, buffer), device, buffer.dtype)
+            setattr(model.get_submodule(owner), leaf, value)
+
+
+def _read(source: ModelSource, name: str, expected: Tensor) -> Tensor:
+    tensor = source.read(name)
+    if tensor.shape != expected.shape:
+        raise ModelError(
+            f"tensor {name} of {source.name} has shape {list(tensor.shape)} where its configuration "
+            f"asks for {list(expected.shape)}: the weights and config.json do not fit each other."
+        )
+    if expected.is_floating_point() and tensor.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ModelError(
+            f"tensor {name} of {source.name} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
+            "and only fp32, bf16 and fp16 are quantized: name a model in one of those."
+        )
+    return tensor
+
+
+def _kept(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """A copy in memory of its own: the tensor may be pages of the file."""
+    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+
+
+def _require_complete(model: Any, source: ModelSource) -> None:
+    """Every tensor of the model is in the checkpoint, and nothing else of weight is."""
+    there = set(source.names())
+    wanted: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        wanted.setdefault(id(tensor), []).append(name)
+    # Of parameters that are one object, one name in the checkpoint is enough.
+    missing = [names[0] for names in wanted.values() if not there.intersection(names)]
+    missing = _not_ignored(missing, model._keys_to_ignore_on_load_missing)
+    if missing:
+        raise ModelError(
+            f"the weights of {source.name} lack {_some(missing)}, which {type(model).__name__} "
+            "needs: they are not this model's, or not all of them."
+        )
+    # Old checkpoints hold buffers that are computed today.
+    computed = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"]
+    ignored = [*computed, *(model._keys_to_ignore_on_load_unexpected or [])]
+    unexpected = _not_ignored(sorted(there - set(state)), ignored)
+    if unexpected:
+        raise ModelError(
+            f"the weights of {source.name} hold {_some(unexpected)}, which {type(model).__name__} "
+            "has no place for: they are not this model's."
+        )
+
+
+def _not_ignored(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
+    patterns = list(patterns or [])
+    return [n for n in names if not any(re.search(pattern, n) for pattern in patterns)]
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

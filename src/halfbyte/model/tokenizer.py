@@ -1,0 +1,39 @@
+"""The tokenizer of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import ModelError
+
+
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The fast tokenizer in ``folder``; a padding token is not needed, as nothing is padded.
+
+    Raises ModelError where there is none, or where it is not a fast one (label positions follow
+    from character offsets, which only those give), or has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, each about the files' content
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the tokenizer of {name} cannot be read: {reason}") from error
+    return require_usable(tokenizer, name)
+
+
+def require_usable(tokenizer: Any, name: str) -> Any:
+    """``tokenizer`` if rows can be made with it, else ModelError."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {name} gives no character offsets (it is not a fast one), so labels "
+            "cannot be placed; add its tokenizer.json to the model's folder."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {name} names no end-of-sequence token, so no answer could end; set "
+            "eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
