@@ -1,0 +1,1 @@
+"""Optimizers and schedules that run on the device without a host value."""

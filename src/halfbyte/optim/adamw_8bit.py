@@ -1,0 +1,117 @@
+"""AdamW whose moments are kept in 8 bits (Dettmers et al., 2021, arXiv 2110.02861).
+
+A block of 256 moments shares one scale, its largest magnitude; each is stored as the index of a
+value near to moment / scale in a dynamic map, signed for m and unsigned for v. The update itself
+is made in fp32 from the moments before they are quantized again. Tensors of fewer than 4,096
+elements keep fp32 moments. All of it is as in bitsandbytes, whose rounding depends on the device:
+
+- on a CPU it looks codes up in a table over 65,536 values evenly spaced on [-1, 1], so what is
+  nearer to 0 than 1.5e-5 of its block's largest is not told apart, and 0 itself becomes 2.1e-5
+  of it in m and 1.6e-5 in v;
+- on a GPU it takes the nearest code, and where a negative m would become 0, the code below.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.nf4 import dynamic_map
+from halfbyte.optim.adamw import AdamW, Moments, Moments32, keep
+from halfbyte.optim.flat import BLOCK
+
+_GRID = 65536
+
+
+@cache
+def _map(signed: bool, device: torch.device) -> Tensor:
+    return dynamic_map(signed).to(device)
+
+
+@cache
+def _borders(signed: bool, device: torch.device) -> Tensor:
+    book = _map(signed, device)
+    return (book[:-1] + book[1:]) / 2
+
+
+@cache
+def _grid_codes(signed: bool) -> Tensor:
+    """uint8 [65536]: the code of each value of the CPU's grid."""
+    grid = torch.arange(_GRID, dtype=torch.float32) * 2.0 / (_GRID - 1) - 1.0
+    return torch.bucketize(grid, _borders(signed, grid.device)).to(torch.uint8)
+
+
+def dequantize_moments(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """codes uint8 [n], absmax fp32 [n / 256] → fp32 [n]."""
+    values = _map(signed, codes.device).index_select(0, codes.int())
+    return values.view(-1, BLOCK).mul_(absmax[:, None]).view(-1)
+
+
+def quantize_moments(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """fp32 [n], n a multiple of 256 → codes uint8 [n], absmax fp32 [n / 256]."""
+    blocks = values.view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    if values.device.type == "cpu":
+        scaled = blocks * (1.0 / absmax)[:, None]
+        # A block of zeros is 0 · ∞; its codes are 0 by convention, and mean 0 with its scale.
+        at = scaled.add_(1.0).mul_((_GRID - 1) / 2).add_(0.5).nan_to_num_(nan=0.0)
+        at.clamp_(0, _GRID - 1)  # 1 / absmax is infinite for a subnormal scale
+        codes = _grid_codes(signed).index_select(0, at.int().view(-1))
+        return codes, absmax
+    scaled = (blocks / absmax[:, None]).nan_to_num_(nan=0.0).view(-1)
+    index = torch.bucketize(scaled, _borders(signed, values.device), out_int32=True)
+    if signed:
+        zero = _map(signed, values.device)[index] == 0.0
+        index -= (zero & (values < 0.0)).int()
+    return index.to(torch.uint8), absmax
+
+
+class Moments8:
+    """Moments in 8 bits for a range of whole blocks."""
+
+    def __init__(self, stop: int, device: torch.device) -> None:
+        self.start, self.stop = 0, stop
+        self.codes_m = torch.zeros(stop, dtype=torch.uint8, device=device)
+        self.codes_v = torch.zeros(stop, dtype=torch.uint8, device=device)
+        self.absmax_m = torch.zeros(stop // BLOCK, device=device)
+        self.absmax_v = torch.zeros(stop // BLOCK, device=device)
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        blocks = slice(start // BLOCK, stop // BLOCK)
+        return (
+            dequantize_moments(self.codes_m[start:stop], self.absmax_m[blocks], signed=True),
+            dequantize_moments(self.codes_v[start:stop], self.absmax_v[blocks], signed=False),
+        )
+
+    def write(self, start: int, stop: int, m: Tensor, v: Tensor, do_update: Tensor) -> None:
+        blocks = slice(start // BLOCK, stop // BLOCK)
+        for values, signed, codes, absmax in (
+            (m, True, self.codes_m, self.absmax_m),
+            (v, False, self.codes_v, self.absmax_v),
+        ):
+            new_codes, new_absmax = quantize_moments(values, signed)
+            keep(codes[start:stop], new_codes, do_update)
+            keep(absmax[blocks], new_absmax, do_update)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {
+            "codes_m": self.codes_m,
+            "codes_v": self.codes_v,
+            "absmax_m": self.absmax_m,
+            "absmax_v": self.absmax_v,
+        }
+
+
+class AdamW8bit(AdamW):
+    """AdamW with 8-bit moments where bitsandbytes has them, 32-bit ones elsewhere."""
+
+    def _make_moments(self) -> list[Moments]:
+        data, blocked = self.parameters.data, self.parameters.blocked
+        found: list[Moments] = []
+        if blocked > 0:
+            found.append(Moments8(blocked, data.device))
+        if blocked < data.numel():
+            found.append(Moments32(blocked, data.numel(), data.device))
+        return found

@@ -1,0 +1,18 @@
+"""The optimizer that a recipe names."""
+
+from __future__ import annotations
+
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.adamw_8bit import AdamW8bit
+from halfbyte.optim.flat import FlatParameters
+from halfbyte.recipe.schema import Optimizer, TrainingRecipe
+
+
+def make_optimizer(name: Optimizer, parameters: FlatParameters, training: TrainingRecipe) -> AdamW:
+    """The optimizer ``name`` of ``parameters``, with β, ε and weight decay of ``training``.
+
+    ``paged_adamw_8bit`` computes what ``adamw_8bit`` does; its state stays where the adapter is.
+    """
+    if name == "adamw":
+        return AdamW(parameters, training)
+    return AdamW8bit(parameters, training)

@@ -1,0 +1,202 @@
+"""The optimizers, against torch's AdamW and bitsandbytes' 8-bit AdamW."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from halfbyte.optim.adamw_8bit import AdamW8bit, dequantize_moments, quantize_moments
+from halfbyte.optim.choose import make_optimizer
+from halfbyte.optim.flat import FlatParameters, flatten_parameters
+from halfbyte.recipe.schema import TrainingRecipe
+
+STEPS = 15
+# Sizes: under 4,096 elements, exactly 4,096, not a multiple of 256, and many blocks.
+SHAPES = {"tiny": (16, 30), "edge": (16, 256), "ragged": (33, 130), "large": (16, 2048)}
+TRUE = torch.tensor(True)
+ONE = torch.tensor(1.0)
+
+
+def start() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(s, generator=generator) * 0.05 for n, s in SHAPES.items()}
+
+
+def gradients(step: int) -> dict[str, torch.Tensor]:
+    """Six orders of magnitude, with exact zeros, and a whole block of them in the first steps."""
+    generator = torch.Generator().manual_seed(100 + step)
+    found = {}
+    for name, shape in SHAPES.items():
+        g = torch.randn(shape, generator=generator)
+        g *= 10.0 ** (torch.rand(shape, generator=generator) * 6 - 7)
+        g[torch.rand(shape, generator=generator) < 0.02] = 0.0
+        if step < 4:
+            g.view(-1)[:256] = 0.0
+        found[name] = g
+    return found
+
+
+def make(name: str, **settings: float) -> tuple[dict[str, nn.Parameter], FlatParameters, AdamW8bit]:
+    named = {n: nn.Parameter(t.clone()) for n, t in start().items()}
+    flat = flatten_parameters(named)
+    return named, flat, make_optimizer(name, flat, TrainingRecipe(**settings))
+
+
+def put(flat: FlatParameters, found: dict[str, torch.Tensor]) -> None:
+    for name, view in flat.views(flat.grad).items():
+        view.copy_(found[name])
+
+
+def rate(step: int) -> float:
+    return 1e-3 * (1 + step) / STEPS
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_is_torchs(weight_decay: float) -> None:
+    named, flat, optimizer = make("adamw", weight_decay=weight_decay)
+    reference = {n: nn.Parameter(t.double()) for n, t in start().items()}
+    torchs = torch.optim.AdamW(reference.values(), lr=1.0, weight_decay=weight_decay)
+    for step in range(STEPS):
+        put(flat, gradients(step))
+        optimizer.step(torch.tensor(rate(step)), torch.tensor(0.5), TRUE)
+        torchs.param_groups[0]["lr"] = rate(step)
+        for name, g in gradients(step).items():
+            reference[name].grad = g.double() * 0.5
+        torchs.step()
+    for name, p in named.items():
+        # Each step rounds a parameter of up to 0.2 once, to 7e-9, and moves it by up to 1e-3.
+        torch.testing.assert_close(p.double(), reference[name], rtol=1e-6, atol=2e-8)
+        state = torchs.state[reference[name]]
+        m, v = (flat.views(optimizer.state_tensors()[key])[name] for key in ("m", "v"))
+        # m sums terms of both signs, up to 1e-2; v only positive ones.
+        torch.testing.assert_close(m.double(), state["exp_avg"], rtol=1e-6, atol=3e-9)
+        torch.testing.assert_close(v.double(), state["exp_avg_sq"], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_8bit_is_that_of_bitsandbytes(name: str, weight_decay: float) -> None:
+    optim = pytest.importorskip("bitsandbytes.optim")
+    named, flat, optimizer = make(name, weight_decay=weight_decay)
+    reference = {n: nn.Parameter(t) for n, t in start().items()}
+    theirs = optim.AdamW8bit(reference.values(), lr=1.0, weight_decay=weight_decay)
+    for step in range(STEPS):
+        put(flat, gradients(step))
+        optimizer.step(torch.tensor(rate(step)), ONE, TRUE)
+        theirs.param_groups[0]["lr"] = rate(step)
+        for key, g in gradients(step).items():
+            reference[key].grad = g
+        theirs.step()
+        codes = apart = 0
+        for key, offset in zip(flat.names, flat.offsets, strict=True):
+            state, n = theirs.state[reference[key]], reference[key].numel()
+            torch.testing.assert_close(named[key], reference[key], rtol=1e-6, atol=1e-8)
+            ours = optimizer.state_tensors()
+            if key == "tiny":
+                assert state["state1"].dtype == torch.float32
+                for mine, his in (("m", "state1"), ("v", "state2")):
+                    at = offset - flat.blocked
+                    torch.testing.assert_close(
+                        ours[mine][at : at + n], state[his].view(-1), rtol=1e-6, atol=1e-20
+                    )
+                continue
+            for mine, his in (("m", "1"), ("v", "2")):
+                difference = (
+                    ours[f"codes_{mine}"][offset : offset + n].int()
+                    - state[f"state{his}"].view(-1).int()
+                ).abs()
+                assert difference.max() <= 1
+                codes, apart = codes + n, apart + int(difference.count_nonzero())
+                scales = ours[f"absmax_{mine}"][offset // 256 : -(-(offset + n) // 256)]
+                torch.testing.assert_close(scales, state[f"absmax{his}"], rtol=1e-6, atol=0)
+        assert apart <= 1e-4 * codes, f"step {step}: {apart} of {codes} codes differ"
+
+
+def test_gradients_are_scaled_as_they_are_read() -> None:
+    """A clip factor gives what the gradients times that factor give, bit for bit."""
+    _, flat, optimizer = make("adamw_8bit")
+    _, flat2, optimizer2 = make("adamw_8bit")
+    for step in range(3):
+        put(flat, gradients(step))
+        put(flat2, {n: g * 0.25 for n, g in gradients(step).items()})
+        optimizer.step(torch.tensor(1e-3), torch.tensor(0.25), TRUE)
+        optimizer2.step(torch.tensor(1e-3), ONE, TRUE)
+    assert torch.equal(flat.data, flat2.data)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_without_update_nothing_changes(name: str, bad: float) -> None:
+    _, flat, optimizer = make(name, weight_decay=0.1)
+    put(flat, gradients(0))
+    optimizer.step(torch.tensor(1e-3), ONE, TRUE)
+    state = {n: t.clone() for n, t in optimizer.state_tensors().items()}
+    weights = flat.data.clone()
+    put(flat, gradients(1))
+    flat.grad[[0, 5000, -1]] = bad
+    optimizer.step(torch.tensor(1e-3), torch.tensor(bad), torch.tensor(False))
+    assert torch.equal(flat.data, weights)
+    assert all(torch.equal(t, state[n]) for n, t in optimizer.state_tensors().items())
+    assert state["count"] == 1
+    # And the next step is the one it would have been.
+    put(flat, gradients(1))
+    optimizer.step(torch.tensor(1e-3), ONE, TRUE)
+    _, flat2, optimizer2 = make(name, weight_decay=0.1)
+    for step in (0, 1):
+        put(flat2, gradients(step))
+        optimizer2.step(torch.tensor(1e-3), ONE, TRUE)
+    assert torch.equal(flat.data, flat2.data)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_state_goes_out_and_comes_back(name: str) -> None:
+    _, flat, optimizer = make(name)
+    for step in range(3):
+        put(flat, gradients(step))
+        optimizer.step(torch.tensor(1e-3), ONE, TRUE)
+    state = {n: t.clone() for n, t in optimizer.state_tensors().items()}
+    weights = flat.data.clone()
+    _, flat2, optimizer2 = make(name)
+    flat2.data.copy_(weights)
+    optimizer2.load_state_tensors(state)
+    for f, o in ((flat, optimizer), (flat2, optimizer2)):
+        put(f, gradients(3))
+        o.step(torch.tensor(1e-3), ONE, TRUE)
+    assert not torch.equal(flat.data, weights)
+    assert torch.equal(flat.data, flat2.data)
+
+
+def test_the_size_of_the_chunks_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, flat, optimizer = make("adamw_8bit")
+    _, flat2, optimizer2 = make("adamw_8bit")
+    for step in range(3):
+        put(flat, gradients(step))
+        put(flat2, gradients(step))
+        monkeypatch.setattr("halfbyte.optim.adamw.CHUNK_CPU", 1 << 16)
+        optimizer.step(torch.tensor(1e-3), ONE, TRUE)
+        monkeypatch.setattr("halfbyte.optim.adamw.CHUNK_CPU", 512)
+        optimizer2.step(torch.tensor(1e-3), ONE, TRUE)
+    assert torch.equal(flat.data, flat2.data)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_codes_of_values_that_are_hard_to_scale(signed: bool, device: str) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    values = torch.zeros(5 * 256)
+    values[256] = 1e-42  # a subnormal scale
+    values[512:768] = 1.0
+    values[768:1024] = torch.logspace(-12, 0, 256)
+    values[1024:] = torch.linspace(-1, 1, 256) if signed else torch.linspace(0, 1, 256)
+    values = values.to(device)
+    codes, absmax = quantize_moments(values, signed)
+    book = functional.create_dynamic_map(signed=signed).to(device)
+    theirs, scales = torch.ops.bitsandbytes.quantize_blockwise(values, book, 256)
+    assert torch.equal(absmax, scales)
+    regular = torch.ones(5 * 256, dtype=torch.bool)
+    regular[256:512] = False  # there the reciprocal of the scale is infinite
+    assert torch.equal(codes[regular], theirs[regular])
+    ours = dequantize_moments(codes, absmax, signed)
+    reference = functional.dequantize_blockwise(theirs, absmax=scales, code=book, blocksize=256)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-37)
