@@ -38,7 +38,7 @@ def end_run(
     kept = _keep(assembly, trainer, watch)
     record(kept)
     if assembly.data.held_out and assembly.recipe.evaluation.base_loss:
-        with record.timed() as seconds:
+        with record.phase("base loss"), record.timed() as seconds:
             base = unquantized_loss(trainer.model, assembly.data.held_out, assembly.source.read)
         record(Evaluated(0, "base", base.loss, base.labels, base.rows, seconds()))
     with record.phase("save"):
@@ -121,7 +121,8 @@ def _read_again(assembly: Assembly, trainer: Trainer, folder: Path) -> Checked:
     return Checked(
         "the saved adapter read again gives the same logits",
         apart == 0.0,
-        f"largest difference {apart:g} over {before.shape[0]} positions × {before.shape[1]:,} logits",
+        f"largest difference {apart:g} over {before.shape[0]} positions × "
+        f"{before.shape[1]:,} logits",
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -29,7 +31,21 @@ CONTENTS = (
 )
 
 
-def claim_folder(out: Path | None, runs: Path, recipe_name: str, *, overwrite: bool) -> Path:
+@dataclass(frozen=True)
+class Claimed:
+    """A run folder, and which folders on the way to it had to be made."""
+
+    folder: Path
+    made: list[Path]  # the innermost first
+
+    def release(self) -> None:
+        """Remove what was made, as long as it is empty."""
+        with suppress(OSError):
+            for folder in self.made:
+                folder.rmdir()
+
+
+def claim_folder(out: Path | None, runs: Path, recipe_name: str, *, overwrite: bool) -> Claimed:
     """The folder of a new run, made and empty of another run's files (unless ``overwrite``).
 
     Without ``out`` it is ``runs/<recipe>-<date>-<n>`` with the first free n. Raises RunError for
@@ -37,21 +53,20 @@ def claim_folder(out: Path | None, runs: Path, recipe_name: str, *, overwrite: b
     """
     if out is not None:
         if not overwrite:
-            _refuse_if_taken(out)
-        _make(out, exist_ok=True)
-        return out
+            refuse_if_taken(out)
+        return _make(out, exist_ok=True)
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", recipe_name).strip("-.") or "run"
     n = 1
     while True:
-        folder = runs / f"{slug}-{date.today().isoformat()}-{n}"
         try:
-            _make(folder, exist_ok=False)
-            return folder
+            folder = runs / f"{slug}-{date.today().isoformat()}-{n}"
+            return _make(folder, exist_ok=False)
         except FileExistsError:
             n += 1
 
 
-def _make(folder: Path, *, exist_ok: bool) -> None:
+def _make(folder: Path, *, exist_ok: bool) -> Claimed:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
     except FileExistsError:
@@ -66,9 +81,11 @@ def _make(folder: Path, *, exist_ok: bool) -> None:
         ) from error
     if not os.access(folder, os.W_OK):
         raise RunError(f"the run folder {folder} cannot be written; choose another --out.")
+    return Claimed(folder, missing)
 
 
-def _refuse_if_taken(folder: Path) -> None:
+def refuse_if_taken(folder: Path) -> None:
+    """Raises RunError where ``folder`` holds a run, finished or not."""
     if not (folder / EVENTS_FILE).exists():
         return
     if is_finished(folder):
@@ -117,7 +134,7 @@ def point_latest(folder: Path, runs: Path) -> None:
 def latest_run(runs: Path = Path("runs")) -> Path:
     """The folder that ``runs/latest`` points at. Raises RunError where there is none."""
     link = runs / LATEST
-    if not link.is_dir():
+    if not link.is_symlink() or not link.is_dir():
         raise RunError(
             f"there is no latest run in {runs}/; name a run folder, or make one with "
             "halfbyte train RECIPE.yaml."

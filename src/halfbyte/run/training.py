@@ -16,7 +16,13 @@ from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
 from halfbyte.run.assembly import Assembly, assemble, with_max_steps
 from halfbyte.run.ending import end_run
-from halfbyte.run.folder import check_space, claim_folder, clear_folder, point_latest
+from halfbyte.run.folder import (
+    Claimed,
+    check_space,
+    claim_folder,
+    clear_folder,
+    point_latest,
+)
 from halfbyte.run.interrupt import StopRequest
 from halfbyte.run.outcome import Run
 from halfbyte.run.record import RunRecord
@@ -53,6 +59,7 @@ def train(
     record = RunRecord(listeners)
     runs = Path(runs)
     resumed: Resumed | None = None
+    claimed: Claimed | None = None
     if resume is not None:
         resumed = open_resumed(Path(resume))
         recipe, folder = resumed.recipe, resumed.folder
@@ -60,9 +67,10 @@ def train(
         raise RunError("there is no recipe to train; give one, or a run folder to resume.")
     else:
         recipe = with_max_steps(recipe, max_steps)
-        folder = claim_folder(
+        claimed = claim_folder(
             None if out is None else Path(out), runs, recipe_name or "run", overwrite=overwrite
         )
+        folder = claimed.folder
     try:
         record(
             RunStarted(
@@ -92,8 +100,8 @@ def train(
         ) from error
     finally:
         record.close()
-        if not record.opened and resumed is None and not any(folder.iterdir()):
-            folder.rmdir()
+        if not record.opened and claimed is not None:
+            claimed.release()
 
 
 def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> Trainer:
