@@ -1,0 +1,1 @@
+"""Tokens from a model: prompt in, text out."""

@@ -1,0 +1,66 @@
+"""What a model is shown, and where its answer ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a rendered prompt, as training makes them.
+
+    The beginning-of-sequence token stands there where the tokenizer adds it, once: a template may
+    have written it already. An end-of-sequence token that the tokenizer adds is left off, since
+    an answer follows.
+    """
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if eos is not None and ids[-1:] == [eos] and not prompt.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids
+
+
+def context_length(network: Any) -> int:
+    """Tokens of prompt and answer together that the model takes."""
+    config = network.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+
+
+def end_ids(network: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer.
+
+    Those that the model's files name (its generation settings, its configuration), the
+    tokenizer's end of sequence, and the one that the chat template writes after an answer: a base
+    model's end of sequence is often another than the end of its turns.
+    """
+    found: set[int] = set()
+    for config in (
+        getattr(network, "generation_config", None),
+        network.config,
+        network.config.get_text_config(),
+    ):
+        named = getattr(config, "eos_token_id", None)
+        found.update([named] if isinstance(named, int) else named or [])
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    turn = _end_of_turn(tokenizer)
+    if turn is not None:
+        found.add(turn)
+    return found
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    said = "halfbyte"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (jinja2.TemplateError, TypeError, ValueError):
+        return None  # a template that does not take these two messages says nothing about them
+    after = text.rpartition(said)[2].lstrip()
+    ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
