@@ -1,0 +1,169 @@
+"""What the terminal says of an event: the words, apart from how they are laid out.
+
+Strings may hold anything that a file or a model says; whoever prints them makes them ``visible``.
+
+A ``Block`` is a label and the lines beside it. A terminal gets them as two columns, anything else
+as plain lines that each begin with the label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halfbyte.cli.units import (
+    bytes_text,
+    count_text,
+    duration_text,
+    shortened,
+    value_text,
+    visible,
+)
+from halfbyte.events.types import (
+    Audited,
+    Checked,
+    Choice,
+    Evaluated,
+    ModelLoaded,
+    TrainingStarted,
+)
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+LEARNED, READ = "bold green", "dim"
+# Marks of the learned text where there is no colour to tell it by.
+OPEN, CLOSE = "⟦", "⟧"
+# A run of the sample row longer than this loses its middle on the screen (the report has it all).
+SAMPLE_RUN = 400
+
+
+@dataclass(frozen=True)
+class Block:
+    """A label and lines that belong to it."""
+
+    label: str
+    lines: Sequence[str | Text]
+
+
+def audit_block(audit: Audited) -> Block:
+    """The data as it will be trained."""
+    share = audit.labels / max(1, audit.tokens)
+    percentiles = audit.length_percentiles
+    words = {"0": "shortest", "50": "median", "90": "90 % up to", "99": "99 % up to"}
+    lengths = [f"{word} {percentiles[p]:,}" for p, word in words.items() if p in percentiles]
+    if "100" in percentiles:
+        lengths.append(f"longest {percentiles['100']:,}")
+    roles = ", ".join(
+        role if role == column else f"{role} from {column!r}"
+        for role, column in audit.columns.items()
+    )
+    lines = [
+        f"{audit.source}: {audit.rows_read:,} rows read, {audit.rows_used:,} train, "
+        f"{audit.rows_held_out:,} held out",
+        f"shortened to {audit.max_length:,} tokens: {audit.rows_shortened:,} rows; dropped: "
+        + (_reasons(audit.rows_dropped) or "none"),
+        *([f"columns: {roles}"] if roles else []),
+        f"format: {audit.template}; loss on "
+        + ("all tokens" if audit.loss_on == "all" else "the answers alone"),
+        f"tokens a row: {', '.join(lengths)}",
+        f"{audit.tokens:,} tokens an epoch, {audit.labels:,} of them ({share:.0%}) carry loss",
+    ]
+    return Block("data", lines)
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{rows:,} ({reason})" for reason, rows in dropped.items() if rows)
+
+
+def sample_text(audit: Audited, *, colour: bool) -> Text:
+    """One row as trained, with the learned tokens told apart; marks stand in for colour."""
+    from rich.text import Text
+
+    text = Text()
+    text.append(f"row {audit.sample_row + 1:,} as the model sees it: ")
+    if colour:
+        text.append("learned", LEARNED)
+        text.append(" and ")
+        text.append("only read", READ)
+    else:
+        text.append(f"{OPEN}learned{CLOSE} and only read")
+    text.append("\n")
+    for run, learned in audit.sample:
+        shown = visible(shortened(run, SAMPLE_RUN))
+        if learned and not colour:
+            shown = f"{OPEN}{shown}{CLOSE}"
+        text.append(shown, LEARNED if learned else READ)
+    text.rstrip()
+    return text
+
+
+def model_block(model: ModelLoaded) -> Block:
+    """The base, its bytes before and after, and where the adapter sits."""
+    total = model.parameters_base + model.parameters_trainable
+    copy = f"; {bytes_text(model.bytes_copy)} dequantized copy" if model.bytes_copy else ""
+    per_name = ", ".join(
+        name if count == model.layers else f"{name} ({count})"
+        for name, count in model.lora_modules.items()
+    )
+    return Block(
+        "model",
+        [
+            f"{model.name}: {model.architecture}, {model.layers} layers, read from "
+            f"{model.source_format}",
+            f"{count_text(model.parameters_base)} parameters frozen, "
+            f"{count_text(model.parameters_trainable)} trained "
+            f"({model.parameters_trainable / max(1, total):.2%})",
+            f"{model.quantized_modules:,} linear layers in 4 bits: "
+            f"{bytes_text(model.bytes_before)} → {bytes_text(model.bytes_after)}; the rest "
+            f"{bytes_text(model.bytes_other)}{copy}",
+            f"adapter on {per_name}",
+        ],
+    )
+
+
+def resolved_block(started: TrainingStarted) -> Block:
+    """What is resolved before step 1."""
+    rows_a_step = started.batch_size * started.gradient_accumulation
+    return Block(
+        "training",
+        [
+            f"{started.rows:,} rows, {rows_a_step:,} a step ({started.batch_size:,} at once × "
+            f"{started.gradient_accumulation:,})",
+            f"{started.steps:,} steps, {started.steps_per_epoch:,} an epoch, "
+            f"{started.epochs:.3g} epochs",
+            f"on {started.device}, in {started.precision}",
+        ],
+    )
+
+
+def choice_names(choices: Iterable[Choice]) -> dict[str, str]:
+    """Each choice's key without its section, where no other has the same last part."""
+    keys = [choice.key for choice in choices]
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return {
+        key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)
+    }
+
+
+def choice_value(choice: Choice) -> str:
+    """The value done, and what was asked where that is another one."""
+    value = value_text(choice.value)
+    asked_other = choice.asked not in ("auto", None) and choice.asked != choice.value
+    return f"{value} (asked: {value_text(choice.asked)})" if asked_other else value
+
+
+def evaluation_text(event: Evaluated, base: float | None) -> str:
+    """A held-out loss, with its distance from the quantized base's ``base``."""
+    where = {"quantized base": "before training", "base": "of the base before quantization"}
+    text = f"held-out loss {where.get(event.what, f'after step {event.step:,}')}: {event.loss:.4f}"
+    if event.what == "adapter" and base is not None:
+        text += f" ({event.loss - base:+.4f} from the quantized base)"
+    return f"{text}, {event.rows:,} rows in {duration_text(event.seconds)}"
+
+
+def check_text(event: Checked) -> str:
+    """A check's result in a line."""
+    mark = "✓" if event.passed else "✗ FAILED:"
+    return f"{mark} {event.name} ({event.detail})"

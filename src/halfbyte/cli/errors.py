@@ -1,0 +1,33 @@
+"""How a command ends when something is wrong.
+
+Exit codes: 0 done; 2 the user can mend it (one sentence on standard error) or typed it wrong; 130
+stopped by Ctrl-C; 1, with its traceback, a defect of halfbyte.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from halfbyte.cli.units import visible
+from halfbyte.errors import HalfbyteError
+
+USER_ERROR = 2
+STOPPED = 130
+
+
+class Commands(TyperGroup):
+    """The group of all commands: a HalfbyteError of any of them becomes its one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HalfbyteError as error:
+            print(f"halfbyte: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("halfbyte: stopped", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
