@@ -6,21 +6,18 @@ from typing import Any
 
 import jinja2
 
+from halfbyte.data.batch import Segment
+from halfbyte.data.tokenize import tokenize_rows
+
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a rendered prompt, as training makes them.
 
     The beginning-of-sequence token stands there where the tokenizer adds it, once: a template may
-    have written it already. An end-of-sequence token that the tokenizer adds is left off, since
-    an answer follows.
+    have written it already. Nothing is added at the end, since an answer follows.
     """
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    if eos is not None and ids[-1:] == [eos] and not prompt.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    return ids
+    (row,) = tokenize_rows(tokenizer, [[Segment(prompt, False)]], [0])
+    return [int(token) for token in row.input_ids]
 
 
 def context_length(network: Any) -> int:
