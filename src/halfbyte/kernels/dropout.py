@@ -1,13 +1,16 @@
 """Dropout masks that are a function of where they stand, not of a generator's state.
 
-The mask of element ``i`` is a hash of (seed, optimizer step, micro-batch, module, i). A mask made
-again in a recomputed forward pass, in the backward pass, in a resumed run or in a captured graph
-is therefore the same bit for bit, and there is no generator state to save. The hash is two rounds
-of MurmurHash3's 32-bit finalizer with two keys between them, so that the streams of two modules
-are different permutations and not one stream shifted.
+The mask of element ``i`` is 16 bits of a hash of (seed, optimizer step, micro-batch, module,
+⌊i / 2⌋): the lower half for even i, the upper for odd, so that one hash serves two elements. A
+mask made again in a recomputed forward pass, in the backward pass, in a resumed run or in a
+captured graph is therefore the same bit for bit, and there is no generator state to save. The
+hash is two rounds of MurmurHash3's 32-bit finalizer with two keys between them, so that the
+streams of two modules are different permutations and not one stream shifted.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -54,17 +57,18 @@ def dropout_key(seed: int, step: int, micro_batch: int, module: int) -> tuple[in
 def keep_mask(
     shape: tuple[int, ...], p: float, key: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Bool tensor of ``shape``: true where an element is kept, which is with probability 1 - p."""
-    count = 1
-    for size in shape:
-        count *= size
-    h = torch.arange(count, dtype=torch.int32, device=device)
+    """Bool tensor of ``shape``: true where an element is kept, which is with probability 1 - p.
+
+    p is rounded to a multiple of 2⁻¹⁶.
+    """
+    count = math.prod(shape)
+    h = torch.arange((count + 1) // 2, dtype=torch.int32, device=device)
     h ^= key[0]
     _mix(h)
     h ^= key[1]
     _mix(h)
-    # A signed 32-bit hash is uniform on [-2^31, 2^31): the lowest share p is dropped.
-    return (h >= round(p * 2**32) - 2**31).view(shape)
+    # A signed 16-bit hash is uniform on [-2^15, 2^15): the lowest share p is dropped.
+    return (h.view(torch.int16)[:count] >= round(p * 2**16) - 2**15).view(shape)
 
 
 def dropout(x: Tensor, p: float, key: tuple[int, int]) -> Tensor:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 128 * 1024**2  # of fp32 logits in memory at once
+# Of fp32 logits in memory at once. Smaller chunks read the head's matrix more often: 610 tokens
+# against 49,152 took 0.48 s with this and 0.54 s with 24 MiB on two AVX2 cores.
+CHUNK_BYTES = 128 * 1024**2
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -30,25 +32,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_grad = ctx.needs_input_grad[0]
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        buffer = hidden.new_empty(min(rows, len(hidden)), weight.shape[0], dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if need_grad else None
-        for start in range(0, hidden.shape[0], rows):
+        for start in range(0, len(hidden), rows):
             h, label = hidden[start : start + rows], labels[start : start + rows, None]
-            z = torch.nn.functional.linear(h, weight).float()
+            # Everything below happens in this one piece of memory: each pass over it that makes
+            # another of its size would cost as much as a quarter of the product.
+            z = buffer[: len(h)]
+            if weight.dtype == torch.float32:
+                torch.mm(h, weight.t(), out=z)
+            else:
+                z.copy_(h @ weight.t())
             if scale != 1.0:
                 z *= scale
+            slope = None
             if softcap is not None:
-                z = softcap * torch.tanh(z / softcap)
-            log_sum = torch.logsumexp(z, dim=1, keepdim=True)
-            total += (log_sum - z.gather(1, label)).sum()
-            if grad is not None:
-                d_z = torch.exp(z - log_sum)
-                d_z.scatter_add_(1, label, torch.full_like(log_sum, -1.0))
-                if softcap is not None:
-                    d_z *= 1.0 - (z / softcap) ** 2
-                if scale != 1.0:
-                    d_z *= scale
-                grad[start : start + rows] = d_z.to(weight.dtype) @ weight
+                z.div_(softcap).tanh_()
+                slope = 1.0 - z * z if need_grad else None
+                z *= softcap
+            chosen = z.gather(1, label)
+            top = z.amax(dim=1, keepdim=True)
+            sums = z.sub_(top).exp_().sum(dim=1, keepdim=True)
+            total += (sums.log() + top - chosen).sum()
+            if grad is None:
+                continue
+            z /= sums  # softmax(z)
+            z.scatter_add_(1, label, torch.full_like(sums, -1.0))
+            if slope is not None:
+                z *= slope
+            if scale != 1.0:
+                z *= scale
+            grad[start : start + rows] = z.to(weight.dtype) @ weight
         ctx.grad = grad
         return total
 
