@@ -45,10 +45,14 @@ def save_checkpoint(folder: Path, state: CheckpointState, tensors: dict[str, Ten
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
-    save_file(plain, partial / TENSORS)
-    (partial / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-    for path in (partial / TENSORS, partial / STATE, partial):
-        _sync(path)
+    try:
+        save_file(plain, partial / TENSORS)
+        (partial / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+        for path in (partial / TENSORS, partial / STATE, partial):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint is of no use to anybody
+        raise
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(folder)

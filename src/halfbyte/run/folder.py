@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -157,3 +158,13 @@ def check_space(folder: Path, needed: int) -> None:
             f"the disk of {folder} has {free / 1e6:,.0f} MB free and this run writes up to "
             f"{needed / 1e6:,.0f} MB; free some space or choose another --out."
         )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether ``error`` says that there was no space left to write.
+
+    safetensors and tokenizers write from Rust and raise errors of their own with its words.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return os.strerror(errno.ENOSPC) in str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfbyte.events import Emit, EventLog, Record
@@ -50,8 +50,10 @@ class RunRecord:
         self._log = log
 
     def close(self) -> None:
+        """Close the file. What a full disk did not take has been told of when it was written."""
         if self._log is not None:
-            self._log.close()
+            with suppress(OSError):
+                self._log.close()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

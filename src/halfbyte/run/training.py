@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import halfbyte
-from halfbyte.errors import RunError
+from halfbyte.errors import HalfbyteError, RunError
 from halfbyte.events import Emit
 from halfbyte.events.types import Finished, Interrupted, RunStarted, StopAsked, TrainingStarted
 from halfbyte.loop.steps import run_steps
@@ -21,6 +20,7 @@ from halfbyte.run.folder import (
     check_space,
     claim_folder,
     clear_folder,
+    is_disk_full,
     point_latest,
 )
 from halfbyte.run.interrupt import StopRequest
@@ -91,8 +91,8 @@ def train(
         record.open(folder)
         point_latest(folder, runs)
         return _run(assembly, trainer, record, folder, began, resumed)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if isinstance(error, HalfbyteError) or not is_disk_full(error):
             raise
         raise RunError(
             f"the disk of {folder} is full; free some space"
