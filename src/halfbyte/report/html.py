@@ -1,0 +1,57 @@
+"""A document as one HTML file: inline style and pictures, no script, nothing fetched."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.report.blocks import Code, Document
+from halfbyte.report.text import clean
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def to_html(document: Document, svgs: dict[str, str]) -> str:
+    """The page; ``svgs`` holds the ``<svg>`` element of each plot by its name."""
+    return _template("report.html.jinja").render(document=document, svgs=svgs)
+
+
+def _template(name: str) -> Any:
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    environment = Environment(
+        loader=PackageLoader("halfbyte.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clean(str(value)),
+    )
+
+    def drawing(svg: str, alt: str) -> Markup:
+        """The plot, which is our own markup, under its text alternative, which is not."""
+        opened = f'<svg role="img" aria-label="{escape(clean(alt))}" '
+        return Markup(svg.replace("<svg ", opened, 1))
+
+    def breakable(text: str) -> Markup:
+        """Code that may be broken after a slash, a dot or an underscore, and so fits its cell."""
+        return Markup(re.sub(r"([/_.\\])(?=\w)", r"\1<wbr>", str(escape(clean(text)))))
+
+    environment.filters["drawing"] = drawing
+    environment.filters["breakable"] = breakable
+    environment.tests["code"] = lambda value: isinstance(value, Code)
+    environment.globals["style"] = Markup(_source(environment, "report.css"))
+    return environment
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]

@@ -1,0 +1,169 @@
+"""Page one: for somebody who has one page's time and need not know what a gradient is."""
+
+from __future__ import annotations
+
+import math
+
+from halfbyte.report import figures
+from halfbyte.report.blocks import (
+    Answers,
+    Bar,
+    Bars,
+    Block,
+    Items,
+    Paragraph,
+    Section,
+    Shown,
+    Tiles,
+)
+from halfbyte.report.result import five_sentences, limits, surprised_by
+from halfbyte.report.story import Answer, Story
+
+SHOWN_ANSWERS = 3
+# Letters of a prompt and of an answer that page one shows; the rest is in the results.
+LONGEST_PROMPT, LONGEST_ANSWER = 220, 330
+
+
+def page_one(story: Story) -> list[Section]:
+    """Its parts in order; title, author and objective stand above them."""
+    return [
+        Section("The result in five sentences", "result", [Items(five_sentences(story), True)]),
+        Section("Held-out loss", "held-out-loss", _held_out(story)),
+        Section("Time and energy", "cost", [_cost(story)]),
+        Section("Answers before and after", "answers", _answers(story)),
+        Section("What this result is not good for", "limits", [Items(limits(story))]),
+    ]
+
+
+def state(story: Story) -> str:
+    """The run's state in a few words."""
+    if story.finished is not None:
+        return "finished"
+    done = f"step {figures.count(story.last_step)} of {figures.count(story.planned_steps)}"
+    return f"stopped at {done}" if story.interrupted else f"not finished: {done}"
+
+
+def cut(text: str, longest: int) -> str:
+    """``text``, or as many of its words as fit, with dots."""
+    text = text.strip()
+    if len(text) <= longest:
+        return text
+    head = text[:longest]
+    at = head.rfind(" ")
+    return f"{head[: at if at > longest // 2 else longest].rstrip()} …"
+
+
+def shown(answer: Answer, *, whole: bool = False) -> Shown:
+    """An answer as page one shows it, or ``whole``."""
+
+    def fit(text: str, longest: int) -> str:
+        return text.strip() if whole else cut(text, longest)
+
+    def given(text: str | None) -> str:
+        if text is None:
+            return "(not asked)"
+        return fit(text, LONGEST_ANSWER) or "(empty)"
+
+    return Shown(
+        f"Held-out row {figures.count(answer.row)}",
+        fit(answer.prompt, LONGEST_PROMPT),
+        given(answer.before),
+        given(answer.after),
+        given(answer.reference),
+    )
+
+
+def is_cut(answer: Answer) -> bool:
+    """Whether page one leaves out a part of it."""
+    return shown(answer) != shown(answer, whole=True)
+
+
+def _held_out(story: Story) -> list[Block]:
+    last = "The adapter" if story.kept else "The adapter so far"
+    values = [
+        ("The base model", story.base.loss if story.base else None),
+        ("The base model in 4 bits", story.quantized_base.loss if story.quantized_base else None),
+        (last, story.adapter_loss),
+    ]
+    if all(value is None for _, value in values):
+        return [Paragraph("Not measured: no rows were held out, or none was read by the model.")]
+    longest = max([v for _, v in values if v is not None and math.isfinite(v)], default=0.0)
+    bars = [
+        Bar(
+            label,
+            "not measured" if value is None else figures.loss(value),
+            figures.NONE if value is None else figures.choices(value),
+            None if value is None or not math.isfinite(value) else value / (longest or 1.0),
+            strong=label == last,
+        )
+        for label, value in values
+    ]
+    measured = story.adapter or story.quantized_base or story.base
+    over = ""
+    if measured is not None:
+        over = (
+            f"Mean over {figures.many(measured.labels, 'token')} (pieces of words) of "
+            f"{figures.many(measured.rows, 'row')} that took no part in training. "
+        )
+    caption = (
+        f"{over}The loss says how much {surprised_by(story)} surprise"
+        f"{'s' if surprised_by(story).endswith('row') else ''} the model; lower is better. The "
+        "right-hand column says the same in other words: a loss of x is the uncertainty of a "
+        "choice among eˣ equally likely tokens."
+    )
+    return [Bars(("model", "held-out loss", "as unsure as a choice among"), bars, caption)]
+
+
+def _cost(story: Story) -> Tiles:
+    training = sum(s.seconds for s in story.steps)
+    tokens = sum(s.tokens for s in story.steps)
+    energies = story.energies
+    if energies:
+        energy = figures.energy(sum(e.joules for e in energies))
+        sources = ", ".join(dict.fromkeys(e.source for e in energies))
+        note = f"over the steps, from {sources}"
+        if len(energies) < len(story.processes):
+            note += "; at least, since a process that was cut off reported none"
+    else:
+        energy, note = "not reported", "the device gives no figure of its energy"
+    device = story.plan.device if story.plan else figures.NONE
+    environment = story.environments[-1] if story.environments else None
+    where = ""
+    if environment is not None and environment.gpu is None:
+        where = figures.many(environment.cpu_threads, "thread") + ", no GPU"
+    elif environment is not None and environment.gpu_memory_bytes:
+        where = f"{figures.gib(environment.gpu_memory_bytes)} of memory"
+    return Tiles(
+        [
+            (
+                "time",
+                figures.duration(story.working_seconds),
+                f"of which {figures.duration(training)} in training steps",
+            ),
+            ("energy", energy, note),
+            (
+                "speed",
+                figures.speed(tokens, training),
+                f"{figures.many(tokens, 'token')} in all",
+            ),
+            ("device", device, where),
+        ]
+    )
+
+
+def _answers(story: Story) -> list[Block]:
+    if not story.answers:
+        if story.finished is None:
+            text = "None yet: held-out prompts are answered at the end of a run."
+        else:
+            text = "None: no rows were held out, or the recipe asks for no prompts."
+        return [Paragraph(text)]
+    some = story.answers[:SHOWN_ANSWERS]
+    kept = "one prompt" if len(some) == 1 else f"{len(some)} prompts"
+    text = (
+        f"The same {kept} of held-out rows, drawn by the seed and not picked, answered by the "
+        "base model in 4 bits and by the adapter"
+    )
+    if len(story.answers) > len(some) or any(map(is_cut, some)):
+        text += "; all of them stand in full in the results"
+    return [Paragraph(text + "."), Answers([shown(a) for a in some])]

@@ -1,0 +1,82 @@
+"""Settings as asked and as effective, each with where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.recipe.settings import settings as known_settings
+from halfbyte.report import figures
+from halfbyte.report.story import Story, flatten
+
+
+@dataclass(frozen=True)
+class Setting:
+    key: str
+    asked: str  # a dash where the recipe does not say
+    effective: str
+    reason: str
+
+
+def settings(story: Story) -> list[Setting]:
+    """Every setting of the recipe in its order, then what was decided beside it."""
+    effective = flatten(story.recipe.model_dump())
+    typed = _typed(story)
+    rows = [
+        Setting(
+            key,
+            _asked(story, key),
+            figures.setting(value),
+            _reason(story, key, value, key in typed),
+        )
+        for key, value in effective.items()
+    ]
+    rows += [
+        Setting(key, figures.setting(c.asked), figures.setting(c.value), c.reason)
+        for key, c in story.choices.items()
+        if key not in effective
+    ]
+    return rows
+
+
+def _asked(story: Story, key: str) -> str:
+    if key in story.asked:
+        return figures.setting(story.asked[key])
+    choice = story.choices.get(key)
+    return figures.NONE if choice is None else figures.setting(choice.asked)
+
+
+def _reason(story: Story, key: str, value: Any, typed: bool) -> str:
+    choice = story.choices.get(key)
+    if choice is not None:
+        return choice.reason
+    if typed:
+        return "as typed on the command line"
+    if key in story.asked and _same(story.asked[key], value):
+        return "as asked"
+    if key in known_settings() and _same(known_settings()[key].default, value):
+        return "default"
+    return "decided by the run"
+
+
+def _typed(story: Story) -> set[str]:
+    """Keys that the first process's command line states."""
+    if not story.processes:
+        return set()
+    words = story.processes[0].started.command
+    keys = set()
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--set":
+            keys.add(following.split("=", 1)[0])
+        elif word.startswith("--set="):
+            keys.add(word.removeprefix("--set=").split("=", 1)[0])
+        elif word.split("=", 1)[0] == "--max-steps":
+            keys.add("training.max_steps")
+    return keys
+
+
+def _same(asked: Any, effective: Any) -> bool:
+    try:
+        return bool(float(asked) == float(effective))
+    except (TypeError, ValueError):
+        return bool(asked == effective)

@@ -1,0 +1,323 @@
+"""A run folder's records, put in order: all that a report knows of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from halfbyte.errors import RunError
+from halfbyte.events import Record, read_events
+from halfbyte.events.log import FILE_NAME as EVENTS_FILE
+from halfbyte.events.types import (
+    Answered,
+    Artifact,
+    Audited,
+    Checked,
+    Checkpointed,
+    Choice,
+    Energy,
+    Environment,
+    Evaluated,
+    Event,
+    Fallback,
+    Finished,
+    Interrupted,
+    Kept,
+    ModelLoaded,
+    Phase,
+    RunStarted,
+    Step,
+    Technique,
+    TrainingStarted,
+    Warned,
+)
+from halfbyte.recipe import Recipe
+from halfbyte.recipe.load import load_recipe
+from halfbyte.recipe.yaml_tree import read_tree
+
+E = TypeVar("E", bound=Event)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process that worked on the run: the first, or one that resumed it."""
+
+    started: RunStarted
+    begin: float  # unix seconds of its first event
+    end: float  # and of its last
+    energy: Energy | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out prompt and what was answered to it."""
+
+    row: int
+    prompt: str
+    reference: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run as its records tell it.
+
+    What a resumed process did again counts as done last: the steps, evaluations and checkpoints
+    after the checkpoint it went on from are those of the later process.
+    """
+
+    name: str  # the folder's own name
+    recipe: Recipe  # effective
+    asked: dict[str, Any]  # the recipe's own text, by dotted key
+    processes: list[Process]
+    environments: list[Environment]  # one for each different machine or set of versions
+    choices: dict[str, Choice]  # by key
+    warnings: list[Warned]
+    fallbacks: list[Fallback]
+    phases: list[Phase]  # a name that comes twice is summed
+    audit: Audited | None
+    model: ModelLoaded | None
+    techniques: dict[str, Technique]
+    plan: TrainingStarted | None
+    steps: list[Step]  # by step
+    repeated_steps: int  # done again after a resume
+    base: Evaluated | None
+    quantized_base: Evaluated | None
+    evaluations: list[Evaluated]  # of the adapter, by step
+    answers: list[Answer]
+    checkpoints: list[Checkpointed]
+    kept: Kept | None
+    checks: list[Checked]
+    artifacts: list[Artifact]
+    interrupted: Interrupted | None
+    finished: Finished | None
+    missing: list[str] = field(default_factory=list)  # files of the folder that were not there
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step that was done; 0 where none was."""
+        return self.steps[-1].step if self.steps else 0
+
+    @property
+    def planned_steps(self) -> int:
+        return self.plan.steps if self.plan else self.last_step
+
+    @property
+    def adapter(self) -> Evaluated | None:
+        """Held-out loss of the adapter that is kept or, in a run that has kept none, the last."""
+        if self.kept is not None:
+            return next((e for e in self.evaluations if e.step == self.kept.step), None)
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def adapter_loss(self) -> float | None:
+        if self.adapter is not None:
+            return self.adapter.loss
+        return self.kept.held_out_loss if self.kept else None
+
+    @property
+    def title(self) -> str:
+        if self.recipe.title:
+            return self.recipe.title
+        return f"{self.model_name}, fine-tuned with QLoRA"
+
+    @property
+    def model_name(self) -> str:
+        """What to call the base model in a sentence: a path or a package without what is around."""
+        name = self.model.name if self.model else self.recipe.model.name
+        return name.removeprefix("pypi:").rstrip("/").rsplit("/", 1)[-1].rsplit("\\", 1)[-1]
+
+    @property
+    def begin(self) -> float | None:
+        return self.processes[0].begin if self.processes else None
+
+    @property
+    def working_seconds(self) -> float:
+        """Seconds that processes worked on the run, pauses between them left out."""
+        return sum(p.end - p.begin for p in self.processes)
+
+    @property
+    def energies(self) -> list[Energy]:
+        return [p.energy for p in self.processes if p.energy is not None]
+
+    def windowed_loss(self, step: int) -> float | None:
+        """The logged loss at ``step``: the mean of the last ``logging_steps`` steps up to it.
+
+        None where ``step`` was not reached.
+        """
+        if step > self.last_step:
+            return None
+        first = step - self.recipe.training.logging_steps + 1
+        losses = [s.loss for s in self.steps if first <= s.step <= step]
+        return sum(losses) / len(losses) if losses else None
+
+
+def read_story(folder: Path) -> Story:
+    """Read ``folder``'s records.
+
+    Raises RunError where it holds no run, and RecipeError where its recipe cannot be read.
+    """
+    if not (folder / EVENTS_FILE).is_file():
+        what = "does not exist" if not folder.exists() else f"holds no run (no {EVENTS_FILE})"
+        raise RunError(f"{folder} {what}; name the folder that halfbyte train printed.")
+    records = list(read_events(folder))
+    if not records:
+        raise RunError(
+            f"{folder / EVENTS_FILE} holds no event that can be read; "
+            "name the folder of another run."
+        )
+    asked = folder / "recipe.asked.yaml"
+    return _tell(
+        records,
+        name=_own_name(records, folder),
+        recipe=_read_recipe(folder / "recipe.yaml"),
+        asked=flatten(_read_asked(asked)) if asked.exists() else {},
+        missing=[] if asked.exists() else [asked.name],
+    )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by dotted key: ``{"lora": {"r": 8}}`` gives ``{"lora.r": 8}``."""
+    if not isinstance(tree, dict):
+        return {}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _tell(
+    records: list[Record], *, name: str, recipe: Recipe, asked: dict[str, Any], missing: list[str]
+) -> Story:
+    groups = _by_process(records)
+    steps: dict[int, Step] = {}
+    adapter: dict[int, Evaluated] = {}
+    checkpoints: dict[int, Checkpointed] = {}
+    repeated = 0
+    for group in groups:
+        events = [r.event for r in group]
+        start = next((e.resumed_from for e in _only(events, RunStarted)), None)
+        if start is not None:
+            repeated += sum(step > start for step in steps)
+            for done in (steps, adapter, checkpoints):
+                for step in [s for s in done if s > start]:
+                    del done[step]
+        steps |= {e.step: e for e in _only(events, Step)}
+        adapter |= {e.step: e for e in _only(events, Evaluated) if e.what == "adapter"}
+        checkpoints |= {e.step: e for e in _only(events, Checkpointed)}
+    events = [r.event for r in records]
+    last = [r.event for r in groups[-1]]
+    measured = {e.what: e for e in _only(events, Evaluated)}
+    finished = _last(_only(events, Finished))
+    return Story(
+        name=name,
+        recipe=recipe,
+        asked=asked,
+        processes=[_process(group) for group in groups],
+        environments=_different(_only(events, Environment)),
+        choices={e.key: e for e in _only(events, Choice)},
+        warnings=_different(_only(events, Warned)),
+        fallbacks=_different(_only(events, Fallback)),
+        phases=_summed(_only(events, Phase)),
+        audit=_last(_only(events, Audited)),
+        model=_last(_only(events, ModelLoaded)),
+        techniques={e.name: e for e in _only(events, Technique)},
+        plan=_last(_only(events, TrainingStarted)),
+        steps=[steps[s] for s in sorted(steps)],
+        repeated_steps=repeated,
+        base=measured.get("base"),
+        quantized_base=measured.get("quantized base"),
+        evaluations=[adapter[s] for s in sorted(adapter)],
+        answers=_answers(_only(events, Answered)),
+        checkpoints=[checkpoints[s] for s in sorted(checkpoints)],
+        kept=_last(_only(last, Kept)),
+        checks=list({e.name: e for e in _only(last, Checked)}.values()),
+        artifacts=sorted({e.path: e for e in _only(last, Artifact)}.values(), key=_place),
+        interrupted=None if finished else _last(_only(last, Interrupted)),
+        finished=finished,
+        missing=missing,
+    )
+
+
+def _place(artifact: Artifact) -> tuple[bool, str]:
+    return not artifact.path.startswith("adapter/"), artifact.path
+
+
+def _by_process(records: list[Record]) -> list[list[Record]]:
+    groups: list[list[Record]] = [[]]
+    for record in records:
+        if isinstance(record.event, RunStarted) and groups[-1]:
+            groups.append([])
+        groups[-1].append(record)
+    return groups
+
+
+def _process(group: list[Record]) -> Process:
+    events = [r.event for r in group]
+    started = next(iter(_only(events, RunStarted)), RunStarted("unknown", [], ""))
+    return Process(started, group[0].time, group[-1].time, _last(_only(events, Energy)))
+
+
+def _answers(events: list[Answered]) -> list[Answer]:
+    rows = list(dict.fromkeys(e.row for e in events))
+    found = {(e.row, e.when): e for e in events}
+    answers = []
+    for row in rows:
+        before, after = found.get((row, "before")), found.get((row, "after"))
+        either = after or before
+        if either is not None:
+            answers.append(
+                Answer(
+                    row,
+                    either.prompt,
+                    either.reference,
+                    before.text if before else None,
+                    after.text if after else None,
+                )
+            )
+    return answers
+
+
+def _summed(phases: list[Phase]) -> list[Phase]:
+    seconds: dict[str, float] = {}
+    for phase in phases:
+        seconds[phase.name] = seconds.get(phase.name, 0.0) + phase.seconds
+    return [Phase(name, total) for name, total in seconds.items()]
+
+
+def _only(events: Sequence[Event], kind: type[E]) -> list[E]:
+    return [e for e in events if isinstance(e, kind)]
+
+
+def _last(events: list[E]) -> E | None:
+    return events[-1] if events else None
+
+
+def _different(events: list[E]) -> list[E]:
+    different: list[E] = []
+    for event in events:
+        if event not in different:
+            different.append(event)
+    return different
+
+
+def _own_name(records: list[Record], folder: Path) -> str:
+    started = _only([r.event for r in records], RunStarted)
+    said = started[0].folder.rstrip("/").rsplit("/", 1)[-1] if started else ""
+    return said or folder.resolve().name
+
+
+def _read_recipe(path: Path) -> Recipe:
+    if not path.exists():
+        raise RunError(f"{path} is missing, and a report needs it; put the run's recipe back.")
+    return load_recipe(path)
+
+
+def _read_asked(path: Path) -> Any:
+    return read_tree(path.read_text(encoding="utf-8-sig"), str(path)).values
