@@ -1,0 +1,268 @@
+"""Which column holds the instruction, the input and the answer."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
+
+from halfbyte.data.source import Cells, Table
+from halfbyte.errors import DataError
+from halfbyte.recipe.schema import DataRecipe
+
+# Names that datasets give these columns, the surest first; compared without case, and with
+# anything but letters and digits left out.
+INSTRUCTION_NAMES = (
+    "instruction",
+    "instructions",
+    "prompt",
+    "question",
+    "query",
+    "task",
+    "problem",
+    "request",
+    "user",
+    "human",
+    "ask",
+    "usermessage",
+    "inputtext",
+    "sentence",
+)
+INPUT_NAMES = (
+    "input",
+    "inputs",
+    "context",
+    "passage",
+    "document",
+    "background",
+    "article",
+    "additionalinput",
+)
+OUTPUT_NAMES = (
+    "output",
+    "outputs",
+    "response",
+    "answer",
+    "answers",
+    "completion",
+    "target",
+    "reply",
+    "assistant",
+    "solution",
+    "result",
+    "summary",
+    "targettext",
+    "outputtext",
+    "responses",
+    "chosen",
+    "label",
+    "translation",
+)
+CONVERSATION_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+
+# Rows looked at to guess by content.
+LOOKED_AT = 100
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A column for each role; ``reason`` says, for a role that was guessed, how."""
+
+    output: str
+    instruction: str | None = None
+    input: str | None = None
+    reason: dict[str, str] = field(default_factory=dict)
+    by_content: bool = False  # the answer's column was told by its texts, not by its name
+
+    def by_role(self) -> dict[str, str]:
+        """Role to column, of the roles that have one."""
+        roles = {"instruction": self.instruction, "input": self.input, "output": self.output}
+        return {role: column for role, column in roles.items() if column is not None}
+
+
+def guess_columns(
+    names: Sequence[str], rows: Sequence[Cells], *, fixed_instruction: bool = False
+) -> Columns:
+    """The likely columns of a table, by their names and, where those say nothing, by content.
+
+    The answer's column is then the one with the longest texts, the question's the one before it
+    in the table. With ``fixed_instruction`` all rows share an instruction and the question is
+    their input. Raises DataError where there are not two columns of text to tell apart.
+    """
+    plain = {_plain(name): name for name in reversed(names)}
+    reason: dict[str, str] = {}
+
+    def named(candidates: Sequence[str], taken: Sequence[str | None], role: str) -> str | None:
+        for candidate in candidates:
+            column = plain.get(candidate)
+            if column is not None and column not in taken:
+                reason[role] = f"the column is named {column}"
+                return column
+        return None
+
+    output = named(OUTPUT_NAMES, [], "output")
+    instruction = named(INSTRUCTION_NAMES, [output], "instruction")
+    input = named(INPUT_NAMES, [output, instruction], "input")
+    by_content = output is None
+    if output is None:
+        output = _longest(names, rows, taken=[])
+        if output is None or len(_texts(names, rows)) < 2:
+            raise DataError(_no_columns(names))
+        reason["output"] = "its texts are the longest"
+        instruction, input = (None if c == output else c for c in (instruction, input))
+    if instruction is None and input is None:
+        instruction = _longest(names, rows, taken=[output])
+        reason["instruction"] = "it is the text beside the answer"
+    if instruction is None and not fixed_instruction:
+        instruction, input = input, None
+        reason["instruction"] = "it is the text beside the answer"
+    if fixed_instruction and input is None:
+        instruction, input = None, instruction
+        reason["input"] = "all rows share an instruction, so the question is the input"
+    if fixed_instruction:
+        instruction = None
+    if instruction is None and input is None:
+        raise DataError(_no_columns(names))
+    columns = Columns(output, instruction, input, {}, by_content)
+    kept = {role: text for role, text in reason.items() if role in columns.by_role()}
+    return Columns(output, instruction, input, kept, by_content)
+
+
+def find_columns(data: DataRecipe, table: Table) -> Columns:
+    """The columns that the recipe names, the rest guessed.
+
+    Raises DataError where a named column is not there, where none can be guessed, or where the
+    answer could only be guessed by content: a run is too dear for that, so it is asked for.
+    """
+    asked = data.columns.model_dump(exclude_none=True)
+    for role, column in asked.items():
+        if column not in table.columns:
+            raise DataError(
+                f"data.columns.{role}: {data.path} has no column {column}"
+                f"{_nearest(column, table.columns)}; it has {_listed(table.columns)}."
+            )
+    if data.instruction is not None and "instruction" in asked:
+        raise DataError(
+            "data.instruction gives all rows one instruction and data.columns.instruction names a "
+            "column of them; leave one of the two out."
+        )
+    if len(set(asked.values())) < len(asked):
+        raise DataError("data.columns names one column for two roles; each has its own.")
+    question = {role for role in asked if role != "output"}
+    if "output" in asked and question:
+        return Columns(**asked)
+    rest = [name for name in table.columns if name not in asked.values()]
+    if "output" in asked:
+        # Put under a name that is recognized, so that only the question is guessed.
+        rows = [{n: row.get(n) for n in rest} | {"output": ""} for row in table.rows[:LOOKED_AT]]
+        rest = [name for name in rest if _plain(name) not in OUTPUT_NAMES]
+        fixed = data.instruction is not None
+        guessed = guess_columns([*rest, "output"], rows, fixed_instruction=fixed)
+        reason = {role: text for role, text in guessed.reason.items() if role != "output"}
+        return Columns(str(asked["output"]), guessed.instruction, guessed.input, reason)
+    guessed = guess_columns(
+        rest if len(rest) > 1 else table.columns,
+        table.rows[:LOOKED_AT],
+        fixed_instruction=data.instruction is not None,
+    )
+    if guessed.by_content:
+        raise DataError(
+            f"{data.path} has the columns {_listed(table.columns)}, and none is named like an "
+            f"answer; state data.columns.output, which may be {guessed.output}."
+        )
+    if question:
+        reason = {"output": guessed.reason["output"]}
+        return Columns(guessed.output, asked.get("instruction"), asked.get("input"), reason)
+    return guessed
+
+
+def rows_of(table: Table, columns: Columns, source: str) -> list[dict[str, str]]:
+    """The rows as text: instruction, input and output, each empty where there is none."""
+    instruction, input, output = columns.instruction, columns.input, columns.output
+
+    def text(row: Cells, column: str | None, number: int) -> str:
+        if column is None:
+            return ""
+        value = row.get(column)
+        return value if isinstance(value, str) else cell_text(value, source, number, column)
+
+    return [
+        {
+            "instruction": text(row, instruction, number),
+            "input": text(row, input, number),
+            "output": text(row, output, number),
+        }
+        for number, row in enumerate(table.rows, start=1)
+    ]
+
+
+def cell_text(value: object, source: str, number: int, column: str) -> str:
+    """A cell that is no text as text: nothing for None and NaN, ``true``, ``3``, ``2.5``.
+
+    Raises DataError, with the number of the row (from 1), for a list or an object.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (str, int, float, Decimal, date, time)):
+        return str(value)
+    kind = "an object" if isinstance(value, Mapping) else "a list"
+    if isinstance(value, bytes):
+        kind = "bytes"
+    if not isinstance(value, (Mapping, list, tuple, bytes)):
+        kind = type(value).__name__
+    raise DataError(
+        f"{source}, row {number}, column {column}: the cell holds {kind} where a text is needed; "
+        "name another column in data.columns or write its text out."
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def _texts(names: Sequence[str], rows: Sequence[Cells]) -> dict[str, float]:
+    """Mean length of the columns that hold text."""
+    lengths = {}
+    for name in names:
+        cells = [row.get(name) for row in rows[:LOOKED_AT]]
+        texts = [cell for cell in cells if isinstance(cell, str)]
+        if texts and len(texts) == sum(cell is not None for cell in cells):
+            lengths[name] = sum(map(len, texts)) / len(texts)
+    return lengths
+
+
+def _longest(
+    names: Sequence[str], rows: Sequence[Cells], taken: Sequence[str | None]
+) -> str | None:
+    lengths = {name: n for name, n in _texts(names, rows).items() if name not in taken}
+    return max(lengths, key=lambda name: lengths[name]) if lengths else None
+
+
+def _no_columns(names: Sequence[str]) -> str:
+    conversation = next((name for name in names if _plain(name) in CONVERSATION_NAMES), None)
+    if conversation is not None:
+        return (
+            f"the column {conversation} holds whole conversations, which are not read yet; give "
+            "rows with a column for the question and one for the answer."
+        )
+    return (
+        f"a row needs a column for the question and one for the answer, and the columns are "
+        f"{_listed(names)}; name them in data.columns."
+    )
+
+
+def _nearest(column: str, names: Sequence[str]) -> str:
+    plain = {_plain(name): name for name in names}
+    near = difflib.get_close_matches(_plain(column), list(plain), n=1, cutoff=0.6)
+    return f" (did you mean {plain[near[0]]}?)" if near else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [name if len(name) <= 40 else name[:39] + "…" for name in names[:12]]
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(shown) + more

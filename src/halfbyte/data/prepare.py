@@ -1,0 +1,151 @@
+"""From the recipe's data section to rows of tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from halfbyte.data.audit import length_percentiles, percentile, sample_of, warnings_of
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.split import choose_held_out, read_split
+from halfbyte.data.template import Template, make_template
+from halfbyte.data.tokenize import cut, tokenize_rows
+from halfbyte.errors import DataError
+from halfbyte.events.types import Audited, Choice
+from halfbyte.recipe import Recipe
+from halfbyte.recipe.schema import DataRecipe
+
+EMPTY_ANSWER = "empty answer"
+NOTHING_LEFT = "nothing to learn after cutting"
+
+SHORTEST = 8  # the least that data.max_length takes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run and how they came about."""
+
+    train: list[TokenizedRow]  # in the order of the source; Batches shuffles them
+    held_out: list[TokenizedRow]
+    held_out_rows: list[dict[str, str]]  # instruction, input, output; aligned with held_out
+    max_length: int
+    template: Template
+    audit: Audited
+    choices: list[Choice]
+    warnings: list[str]
+
+
+def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
+    """Read, render, tokenize, cut, split and audit the rows of ``recipe.data``.
+
+    ``model_max_length`` is in tokens. Rows are held out after those with nothing to learn are
+    dropped and the maximum length is known, so that the effective recipe, with both numbers
+    stated, gives the same rows. Raises DataError for whatever is wrong with the data, also where
+    no row is left to train.
+    """
+    data = recipe.data
+    read = read_split(data)
+    template, choices = make_template(data, tokenizer)
+    answered = [i for i, row in enumerate(read.rows) if row["output"].strip()]
+    learn_all = data.loss_on == "all"
+    rendered = [template.segments(read.rows[i], learn_all=learn_all) for i in answered]
+    whole = tokenize_rows(tokenizer, rendered, [read.numbers[i] for i in answered])
+    may_train = len(read.rows) - read.apart
+    lengths = [len(row) for i, row in zip(answered, whole, strict=True) if i < may_train]
+    max_length = _max_length(data, lengths, model_max_length, choices)
+    rows = {i: cut(row, max_length) for i, row in zip(answered, whole, strict=True)}
+    usable = np.zeros(len(read.rows), dtype=bool)
+    usable[[i for i, row in rows.items() if row.num_labels]] = True
+
+    held_out, considered = choose_held_out(data, read, usable, recipe.seed)
+    trains = usable & ~held_out
+    trains[may_train:] = False
+    dropped = Counter(
+        NOTHING_LEFT if i in rows else EMPTY_ANSWER for i in range(considered) if not usable[i]
+    )
+    train_at, held_out_at = np.flatnonzero(trains).tolist(), np.flatnonzero(held_out).tolist()
+    if not train_at:
+        raise DataError(_no_rows(data, dropped, max_length))
+    train, train_rows = [rows[i] for i in train_at], [read.rows[i] for i in train_at]
+    held_out_rows = [read.rows[i] for i in held_out_at]
+    audit = Audited(
+        source=data.path,
+        rows_read=considered,
+        rows_used=len(train),
+        rows_held_out=len(held_out_at),
+        rows_shortened=sum(row.cut > 0 for row in train),
+        rows_dropped=dict(dropped),
+        template=template.name,
+        loss_on=data.loss_on,
+        max_length=max_length,
+        tokens=sum(map(len, train)),
+        labels=sum(row.num_labels for row in train),
+        length_percentiles=length_percentiles([len(row) + row.cut for row in train]),
+        sample=sample_of(
+            tokenizer, template.segments(train_rows[0], learn_all=learn_all), train[0]
+        ),
+        sample_row=train[0].row,
+        columns=read.columns.by_role(),
+        sha256=read.sha256,
+    )
+    warnings = warnings_of(
+        train_rows,
+        held_out_rows,
+        train,
+        tokenizer,
+        max_length=max_length,
+        reads=template.reads,
+    )
+    if max_length > model_max_length:
+        warnings.append(
+            f"data.max_length is {max_length:,} tokens and the model was made for "
+            f"{model_max_length:,}; what lies behind those trains badly."
+        )
+    return Prepared(
+        train=train,
+        held_out=[rows[i] for i in held_out_at],
+        held_out_rows=held_out_rows,
+        max_length=max_length,
+        template=template,
+        audit=audit,
+        choices=[*read.choices, *choices],
+        warnings=[*read.warnings, *warnings],
+    )
+
+
+def _max_length(
+    data: DataRecipe, lengths: Sequence[int], model_max_length: int, choices: list[Choice]
+) -> int:
+    """As stated, or the 99th percentile of ``lengths``, within what the model takes."""
+    if data.max_length != "auto":
+        return int(data.max_length)
+    if not lengths:
+        return min(SHORTEST, model_max_length)
+    wanted = max(SHORTEST, percentile(lengths, 99))
+    chosen = min(wanted, model_max_length)
+    longest = f"the longest has {max(lengths):,} tokens"
+    if chosen == wanted:
+        reason = f"99 % of the rows fit whole; {longest}"
+    else:
+        reason = f"the model takes no more; {longest}"
+    choices.append(Choice("data.max_length", "auto", chosen, reason))
+    return chosen
+
+
+def _no_rows(data: DataRecipe, dropped: Counter[str], max_length: int) -> str:
+    count = sum(dropped.values())
+    if not dropped:
+        return f"{data.path} leaves no row to train: all of them are held out; hold out fewer."
+    reason, number = dropped.most_common(1)[0]
+    if reason == EMPTY_ANSWER:
+        todo = "look whether data.columns.output names the column of the answers"
+    else:
+        todo = f"raise data.max_length, which is {max_length:,} tokens"
+    return (
+        f"{data.path} leaves no row to train: of {count:,} rows dropped {number:,} have "
+        f"{'an ' if reason == EMPTY_ANSWER else ''}{reason}; {todo}."
+    )

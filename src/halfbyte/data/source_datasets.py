@@ -1,0 +1,146 @@
+"""Folders that the library `datasets` saved, and datasets of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from halfbyte.data.source import SUFFIXES, Cells, Table
+from halfbyte.data.source_json import columns_of
+from halfbyte.errors import DataError
+from halfbyte.recipe.schema import DataRecipe
+
+ROWS_AT_ONCE = 1024
+
+
+def read_saved(path: Path, split: str, limit: int | None) -> Table:
+    """The first ``limit`` rows of a folder made by ``save_to_disk``.
+
+    Of a folder with several splits the one named ``split`` is read.
+    """
+    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        files = sorted(f.name for f in path.iterdir() if f.name.lower().endswith(SUFFIXES))
+        hint = f" (there is {', '.join(files[:3])})" if files else ""
+        raise DataError(
+            f"{path} is a folder that `datasets` did not save; name the data file in it{hint}."
+        )
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}.") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DataError(
+                f"{path} has no split {split}; data.split takes one of {', '.join(saved)}."
+            )
+        saved = saved[split]
+    return Table(list(saved.column_names), _rows(saved, limit))
+
+
+def read_hub(data: DataRecipe, limit: int | None) -> Table:
+    """The first ``limit`` rows of a hub dataset, or all of them.
+
+    With a limit the rows are streamed, so that no more is fetched than they need. Code that a
+    dataset brings along is never executed.
+    """
+    import datasets
+    import huggingface_hub.errors as hub
+
+    try:
+        found = datasets.load_dataset(
+            data.path,
+            name=data.subset,
+            split=data.split,
+            revision=data.revision,
+            streaming=limit is not None,
+        )
+        if limit is None:
+            return Table(list(found.column_names), _rows(found, None))
+        rows: list[Cells] = list(islice(found, limit))
+        return Table(found.column_names or columns_of(rows), rows)
+    except (
+        hub.HfHubHTTPError,
+        hub.LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as e:
+        raise DataError(_why(data, e)) from e
+
+
+def _rows(dataset: Any, limit: int | None) -> list[Cells]:
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    # Arrow tables give cells as stored, where the library would decode images and sounds.
+    tables: Iterable[Any] = dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
+    rows: list[Cells] = []
+    for table in tables:
+        rows += table.to_pylist()
+        if len(rows) >= count:
+            break
+    return rows[:count]
+
+
+def _why(data: DataRecipe, error: Exception) -> str:
+    """One sentence on why a hub dataset did not come, by what the libraries raise."""
+    chain = _chain(error)
+    text = " ".join(str(e) for e in chain)
+    names = {type(e).__name__ for e in chain}
+    page = f"https://huggingface.co/datasets/{data.path}"
+    if "GatedRepoError" in names or "gated" in text.lower():
+        return (
+            f"the dataset {data.path} is gated; accept its terms at {page} and log in with "
+            "`hf auth login` or set HF_TOKEN."
+        )
+    if "scripts are no longer supported" in text or "trust_remote_code" in text:
+        return (
+            f"the dataset {data.path} is made by code of its own, which is not executed; convert "
+            "it to Parquet or JSONL and give the file."
+        )
+    if isinstance(error, ValueError) and "split" in text.lower():
+        return f"the dataset {data.path} has no split {data.split} ({_first_line(error)})."
+    if isinstance(error, ValueError):
+        return f"the dataset {data.path} cannot be read: {_first_line(error)}."
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not _offline(names):
+        return (
+            f"there is no file or folder {data.path} here and no dataset of this name on the hub "
+            "that you may read; check the name, and log in with `hf auth login` if it is private."
+        )
+    if _offline(names):
+        return (
+            f"there is no file or folder {data.path} here, and the hub cannot be reached to look "
+            "for a dataset of this name; connect to the network or give a local file."
+        )
+    return f"the dataset {data.path} cannot be read: {_first_line(error)}."
+
+
+_OFFLINE = {
+    "ConnectionError",
+    "ConnectError",
+    "ConnectTimeout",
+    "ProxyError",
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "OfflineModeError",
+}
+
+
+def _offline(names: set[str]) -> bool:
+    return bool(names & _OFFLINE)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    return chain
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

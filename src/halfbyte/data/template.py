@@ -1,0 +1,98 @@
+"""How a row becomes text: the choice among the formats.
+
+A row is ``{"instruction": …, "input": …, "output": …}``. Every template makes of it first the
+question, that is what a user would have typed, and then the prompt, which is the question in its
+frame. So a chat template that puts a user's message into the same frame renders the format that
+was trained, by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from halfbyte.data.batch import Segment
+from halfbyte.data.chat_template import ModelChat, own_template
+from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_format
+from halfbyte.errors import DataError
+from halfbyte.events.types import Choice
+from halfbyte.recipe.schema import DataRecipe
+
+Row = Mapping[str, str]
+
+
+class Template(Protocol):
+    """A format of rows."""
+
+    @property
+    def name(self) -> str:
+        """``chat``, ``alpaca``, ``plain`` or ``custom``."""
+        ...
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Those of ``instruction`` and ``input`` that a row's text depends on."""
+        ...
+
+    def question(self, row: Row) -> str:
+        """What a user would have typed: as the one user message, it renders ``prompt(row)``."""
+        ...
+
+    def prompt(self, row: Row) -> str:
+        """The text up to where the answer begins.
+
+        It holds the beginning-of-sequence token only where the model's own chat template writes
+        it: tokenize it with the special tokens that the tokenizer adds, and that one not twice.
+        """
+        ...
+
+    def segments(self, row: Row, *, learn_all: bool) -> list[Segment]:
+        """The whole row: prompt, answer, end of sequence or of turn.
+
+        The answer and what ends it are learned, the prompt with ``learn_all`` only.
+        """
+        ...
+
+    def chat_template(self) -> str:
+        """A Jinja chat template that renders this format, for the adapter's folder.
+
+        Its text is complete, beginning-of-sequence token included, as programs that render chat
+        templates expect.
+        """
+        ...
+
+
+def make_template(data: DataRecipe, tokenizer: Any = None) -> tuple[Template, list[Choice]]:
+    """The template that ``data`` asks for, and what was chosen for the user.
+
+    Without a tokenizer (a look at a file before a model is named) ``auto`` is ``alpaca``, and
+    special tokens are left out. Raises DataError for a template that is none, or one that has no
+    place for what the recipe states.
+    """
+    asked = data.template.strip()
+    choices: list[Choice] = []
+    name = asked
+    if asked == "auto":
+        name, reason = _automatic(tokenizer)
+        choices.append(Choice("data.template", "auto", name, reason))
+    if name == "chat":
+        return ModelChat(tokenizer, system=data.system, instruction=data.instruction), choices
+    if data.system is not None:
+        raise DataError(
+            f"data.system is for the template chat, and the template here is "
+            f"{name if name in ('alpaca', 'plain') else 'a text of your own'}; write the system "
+            "message into data.template or leave it out."
+        )
+    if name in ("alpaca", "plain"):
+        format = ALPACA if name == "alpaca" else PLAIN
+    else:
+        format = parse_format(data.template)
+    return TextTemplate(format, tokenizer, instruction=data.instruction), choices
+
+
+def _automatic(tokenizer: Any) -> tuple[str, str]:
+    if tokenizer is None:
+        return "alpaca", "no model is named yet"
+    if own_template(tokenizer) is not None:
+        return "chat", "the model has a chat template, which it has learned to answer in"
+    return "alpaca", "the model has no chat template, so it gets the common instruction format"

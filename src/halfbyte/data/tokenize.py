@@ -1,0 +1,124 @@
+"""Segments to tokens, and to the mask of those that are learned.
+
+A row is tokenized whole and once: its pieces alone would give other tokens (Llama's tokenizer
+puts a space before the first piece, and merges cross borders). Which segment a token belongs to
+follows from the characters that the tokenizer says it covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from halfbyte.data.batch import Segment, TokenizedRow
+from halfbyte.errors import DataError
+
+# Rows in one call: enough that the tokenizer's threads have work, few enough that the offsets,
+# which come as Python tuples, stay small.
+ROWS_AT_ONCE = 2048
+
+
+def tokenize_rows(
+    tokenizer: Any, rows: Sequence[Sequence[Segment]], numbers: Sequence[int]
+) -> list[TokenizedRow]:
+    """One TokenizedRow for each of ``rows``, uncut; ``numbers`` are theirs in the source.
+
+    The beginning-of-sequence token stands where the tokenizer adds it, once: a chat template may
+    have written it already. What else a tokenizer adds at the end is left off, since the segments
+    hold the end-of-sequence token themselves. Raises DataError for a tokenizer without offsets.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            "the model's tokenizer gives no character offsets (it is not a fast one), so labels "
+            "cannot be placed; add its tokenizer.json to the model's folder."
+        )
+    lead = leading_ids(tokenizer)
+    found: list[TokenizedRow] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        chunk = rows[start : start + ROWS_AT_ONCE]
+        encoded = tokenizer(
+            ["".join(segment.text for segment in row) for row in chunk],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for segments, ids, offsets, number in zip(
+            chunk,
+            encoded["input_ids"],
+            encoded["offset_mapping"],
+            numbers[start : start + ROWS_AT_ONCE],
+            strict=True,
+        ):
+            learned = _learned(segments, offsets)
+            if lead and ids[:1] != lead[:1]:
+                ids = [*lead, *ids]
+                learned = np.concatenate([np.zeros(len(lead), dtype=bool), learned])
+            learned[:1] = False
+            found.append(TokenizedRow(np.array(ids, dtype=np.int32), learned, number))
+    return found
+
+
+def _learned(segments: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Bool [tokens]: whether the segment that holds a token's last character is learned.
+
+    So a token across a border belongs to the later segment. Its end decides, not its start: a
+    byte-level tokenizer may report a token of spaces as lying at its own end with no length.
+    """
+    if all(segment.learn for segment in segments):
+        return np.ones(len(offsets), dtype=bool)
+    ends = np.cumsum([len(segment.text) for segment in segments])
+    learn = np.array([segment.learn for segment in segments], dtype=bool)
+    token_ends = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
+    owner = np.searchsorted(ends, token_ends, side="left")
+    return learn[np.minimum(owner, len(segments) - 1)]
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text by itself: most often the BOS token, or nothing."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start])
+    return []
+
+
+def cut(row: TokenizedRow, max_length: int) -> TokenizedRow:
+    """``row`` without what is over ``max_length`` tokens, taken off on the right."""
+    over = len(row) - max_length
+    if over <= 0:
+        return row
+    return replace(
+        row,
+        # Copies, so that the tokens taken off do not stay in memory.
+        input_ids=row.input_ids[:max_length].copy(),
+        loss_mask=row.loss_mask[:max_length].copy(),
+        cut=row.cut + over,
+    )
+
+
+def leading_text(tokenizer: Any, text: str) -> str:
+    """A Jinja expression for what stands before ``text`` so that its tokens, without special ones
+    added, are those of ``text`` with what the tokenizer puts in front; empty if nothing is needed.
+
+    Programs that render a chat template tokenize its text without adding special tokens. Some
+    tokenizers put a space before the first piece of a text but not before one that follows a
+    special token, so the space is then written.
+    """
+    if tokenizer is None:
+        return ""
+    lead = leading_ids(tokenizer)
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not lead or bare[:1] == lead[:1]:
+        return ""
+    bos = tokenizer.bos_token or ""
+    for before, expression in ((bos, "bos_token"), (bos + " ", "bos_token + ' '")):
+        if list(tokenizer(before + text, add_special_tokens=False)["input_ids"]) == lead + bare:
+            return expression
+    written = tokenizer.convert_ids_to_tokens(lead)
+    return " + ".join(repr(token) for token in written)
