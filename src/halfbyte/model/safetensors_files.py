@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ModelError
+from halfbyte.model.names import parameter_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,10 @@ class SafetensorsFiles:
     def names(self) -> list[str]:
         """All tensors, as the files name them."""
         return list(self._files)
+
+    def parameter_names(self, model: Any) -> dict[str, str]:
+        """Name in ``model`` (of transformers): name in the files; unknown ones keep theirs."""
+        return parameter_names(model, self._files)
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name`` on the CPU in the type it is stored in.

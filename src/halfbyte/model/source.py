@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from halfbyte.errors import ModelError
 from halfbyte.model.folder import read_config, read_licence
-from halfbyte.model.names import parameter_names
 from halfbyte.model.safetensors_files import SafetensorsFiles
 from halfbyte.model.skeleton import build_skeleton
-from halfbyte.model.tokenizer import load_tokenizer
+from halfbyte.model.tokenizer import load_gguf_tokenizer, load_tokenizer
 from halfbyte.recipe.schema import ModelRecipe
 
 if TYPE_CHECKING:
@@ -25,6 +24,10 @@ class Checkpoint(Protocol):
     def names(self) -> list[str]: ...
 
     def read(self, name: str) -> Tensor: ...
+
+    def parameter_names(self, model: Any) -> dict[str, str]:
+        """Name in ``model`` (of transformers): name in the files; unknown ones keep theirs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class ModelSource:
     @cached_property
     def _names(self) -> dict[str, str]:
         """Parameter name in transformers: name in the checkpoint."""
-        return parameter_names(build_skeleton(self.config, self.name), self.checkpoint.names())
+        return self.checkpoint.parameter_names(build_skeleton(self.config, self.name))
 
     def names(self) -> list[str]:
         """The original tensors by their transformers parameter names."""
@@ -68,7 +71,12 @@ def open_model(model: ModelRecipe) -> ModelSource:
     name = model.name
     path = Path(name).expanduser()
     if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not (path / "config.json").exists():
+            return _open_gguf(ggufs[0], name)
         return _open_folder(path, name)
+    if path.suffix == ".gguf":
+        return _open_gguf(path, name)
     raise ModelError(f"there is no model {name}: it is no folder of this machine.")
 
 
@@ -84,6 +92,25 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         format="safetensors",
         licence=read_licence(folder),
         checkpoint=checkpoint,
+    )
+
+
+def _open_gguf(path: Path, name: str) -> ModelSource:
+    from halfbyte.model.gguf_config import gguf_config
+    from halfbyte.model.gguf_file import GgufFile
+
+    file = GgufFile(path)
+    config = gguf_config(file, name)
+    tokenizer = load_gguf_tokenizer(path, name)
+    licence = file.metadata.get("general.license")
+    return ModelSource(
+        name=name,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=template_of(tokenizer),
+        format="gguf",
+        licence=licence if isinstance(licence, str) else None,
+        checkpoint=file,
     )
 
 

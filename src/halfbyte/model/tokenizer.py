@@ -19,8 +19,19 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, each about the files' content
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the tokenizer of {name} cannot be read: {reason}") from error
+        raise ModelError(f"the tokenizer of {name} cannot be read: {_first_line(error)}") from error
+    return require_usable(tokenizer, name)
+
+
+def load_gguf_tokenizer(path: Path, name: str) -> Any:
+    """The tokenizer that the metadata of the GGUF file ``path`` describe; raises ModelError."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        # AutoTokenizer gives the same, after reading the file's header twice (3 s more).
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:  # transformers raises many kinds, each about the file's content
+        raise ModelError(f"the tokenizer in {path} cannot be read: {_first_line(error)}") from error
     return require_usable(tokenizer, name)
 
 
@@ -37,3 +48,8 @@ def require_usable(tokenizer: Any, name: str) -> Any:
             "eos_token in its tokenizer_config.json."
         )
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
