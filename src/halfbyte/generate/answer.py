@@ -122,9 +122,14 @@ class _Writer:
         return piece
 
 
+def room_for_prompt(context: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have of ``context``; at most half is kept for the answer."""
+    return context - min(max_new_tokens, context // 2)
+
+
 def _fit(ids: list[int], room: int, max_new_tokens: int, bos: int | None) -> list[int]:
-    """The end of a prompt that is too long; half the room at most is kept for the answer."""
-    keep = room - min(max_new_tokens, room // 2)
+    """The end of a prompt that is too long, with its beginning-of-sequence token."""
+    keep = room_for_prompt(room, max_new_tokens)
     if len(ids) <= keep:
         return ids
     head = ids[:1] if ids[0] == bos else []

@@ -1,0 +1,127 @@
+"""``halfbyte chat``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.errors import HalfbyteError
+
+if TYPE_CHECKING:
+    from halfbyte.cli.chat_session import ChatSettings
+    from halfbyte.run.inference import Answerer
+
+
+def chat(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Run folder; by default the latest run.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message (or instruction).")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", min=0.0, help="0 takes the likeliest token, always.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="P", min=1e-6, max=1.0, help="Draw from the likeliest with sum P."),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", min=0, help="Draw from the K likeliest; 0: from all.")
+    ] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", min=0.01, help="Over 1: tokens said before, less often.")
+    ] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
+    ] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of what is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Talk with a fine-tuned model, in the format that was trained.
+
+    Text in a pipe is one message, and its answer all that is printed:
+    echo "Hello" | halfbyte chat
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
+    message = None if sys.stdin.isatty() else _read_message()
+    from halfbyte.cli.chat_session import ChatSettings
+    from halfbyte.cli.folders import run_folder
+
+    settings = ChatSettings(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    run = run_folder(folder)
+    if message is None:
+        _talk(run, system, settings, device)
+    else:
+        _answer_once(_load(run, device), message, system, settings)
+
+
+def _read_message() -> str:
+    """All of standard input, without the line break at its end."""
+    reconfigure = getattr(sys.stdin, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+    message = sys.stdin.read().rstrip("\r\n")
+    if not message.strip():
+        raise HalfbyteError(
+            'standard input is empty, so there is no message to answer; try echo "Hello" | '
+            "halfbyte chat, or type halfbyte chat in a terminal."
+        )
+    return message
+
+
+def _load(run: Path, device: str) -> Answerer:
+    from transformers.utils import logging
+
+    from halfbyte.run import load_for_inference
+
+    logging.set_verbosity_error()  # its advice is for programmers, and would stand in the talk
+    return load_for_inference(run, device)
+
+
+def _talk(run: Path, system: str | None, settings: ChatSettings, device: str) -> None:
+    from halfbyte.cli.chat_session import Session
+    from halfbyte.cli.display import make_console
+
+    console = make_console()
+    if console.is_terminal:
+        with console.status("loading the model …"):
+            answerer = _load(run, device)
+    else:
+        answerer = _load(run, device)
+    Session(answerer, settings, console, system=system).run()
+
+
+def _answer_once(
+    answerer: Answerer, message: str, system: str | None, settings: ChatSettings
+) -> None:
+    """Print the answer to ``message`` as it comes, and nothing else, on standard output."""
+    from halfbyte.cli.chat_session import answer_message, cut_text, make_conversation
+
+    conversation = make_conversation(answerer, settings, system)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        given = answer_message(answerer, conversation.prompt(message).prompt, settings, write)
+        write("\n")
+    except BrokenPipeError:
+        # The reader (head, less) has enough; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if given.prompt_cut:
+        print(cut_text(given.prompt_cut), file=sys.stderr)

@@ -1,0 +1,299 @@
+"""The conversation in a terminal: lines in, commands, an answer as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+
+from halfbyte.cli.units import rate_text, visible
+from halfbyte.errors import HalfbyteError, ModelError
+from halfbyte.generate.answer import Answer, answer, room_for_prompt
+from halfbyte.generate.conversation import Conversation
+from halfbyte.generate.prompt import context_length, prompt_ids
+from halfbyte.recipe.load import load_recipe
+from halfbyte.run.inference import Answerer
+
+HELP = """\
+/system TEXT      set the system message; alone: take it away
+/clear            forget the conversation so far
+/base             switch the adapter off, and on again: compare with the base model
+/again            answer the last message once more
+/temperature X    0 takes the likeliest token always; 0.7 is livelier
+/quit             leave (so does Ctrl-D, or Ctrl-C twice)
+
+A line that ends with \\ goes on in the next one; lines between \"\"\" and \"\"\" are one message.
+Ctrl-C stops an answer."""
+
+QUOTES = '"""'
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How answers are made."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = 0
+
+
+def make_conversation(
+    answerer: Answerer, settings: ChatSettings, system: str | None
+) -> Conversation:
+    """An empty conversation in the format of the run.
+
+    Only a model's own chat template takes several turns; in an instruction format each row was
+    one question, so each message is. Raises ModelError for a system message that the format has
+    no place for.
+    """
+    template = load_recipe(answerer.folder / "recipe.yaml").data.template
+    tokenizer = answerer.tokenizer
+    conversation = Conversation(
+        tokenizer,
+        room=room_for_prompt(context_length(answerer.model), settings.max_new_tokens),
+        count=lambda prompt: len(prompt_ids(tokenizer, prompt)),
+        system=system,
+        single_turn=template not in ("auto", "chat"),
+    )
+    if system is not None and not conversation.takes_system():
+        raise ModelError(
+            "the format that was trained has no place for a system message; leave out --system."
+        )
+    return conversation
+
+
+def answer_message(
+    answerer: Answerer, prompt: str, settings: ChatSettings, on_text: Callable[[str], None]
+) -> Answer:
+    """The answer to one rendered prompt; ``on_text`` hears it as it comes."""
+    (given,) = answer(
+        answerer.model,
+        answerer.tokenizer,
+        [prompt],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        repetition_penalty=settings.repetition_penalty,
+        seed=settings.seed,
+        on_text=lambda _, piece: on_text(piece),
+    )
+    return given
+
+
+class Session:
+    """Reads messages and answers them until the user leaves.
+
+    ``read`` asks for a line, as ``input`` does: it raises EOFError at the end of the input and
+    KeyboardInterrupt on Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        settings: ChatSettings,
+        console: Console,
+        *,
+        system: str | None = None,
+        read: Callable[[str], str] | None = None,
+    ) -> None:
+        self._answerer = answerer
+        self._settings = settings
+        self._console = console
+        self._read = read or _line_reader()
+        self._conversation = make_conversation(answerer, settings, system)
+        self._adapter = True
+        self._answers = 0  # so far, so that each draws anew
+        self._last: str | None = None
+
+    def run(self) -> None:
+        """Until Ctrl-D, /quit, or Ctrl-C twice in a row."""
+        self._greet()
+        stopped = False  # the last thing that happened was Ctrl-C
+        while True:
+            try:
+                message, is_command = self._ask()
+                stopped = False
+                if not message.strip():
+                    continue
+                if is_command:
+                    if not self._command(message):
+                        return
+                else:
+                    stopped = not self._answer(message)
+            except EOFError:
+                self._console.print()
+                return
+            except KeyboardInterrupt:
+                self._console.print()
+                if stopped:
+                    return
+                stopped = True
+                self._note("Ctrl-C once more, or Ctrl-D, leaves")
+
+    def _greet(self) -> None:
+        model = self._answerer.model
+        settings, context = self._settings, context_length(model)
+        how = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
+        self._console.print(f"{self._answerer.folder}", style="bold")
+        self._note(
+            f"{type(model).__name__} with its adapter on {self._answerer.qlora.device.type}, {how}"
+            + (f", {context:,} tokens of context" if context < 1 << 20 else "")
+        )
+        if self._conversation.single_turn:
+            self._note(
+                "it was trained on single questions: each message is a conversation of its own"
+            )
+        self._note("/help lists the commands, Ctrl-D leaves")
+
+    def _ask(self) -> tuple[str, bool]:
+        """A message (one line, or several) and whether it is a command."""
+        line = self._read(self._prompt("you"))
+        if line.strip().startswith(QUOTES):
+            return self._quoted(line.strip()[len(QUOTES) :]), False
+        if line.startswith("/"):
+            return line, True
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self._read(self._prompt("...")))
+        return "\n".join(lines), False
+
+    def _quoted(self, first: str) -> str:
+        lines: list[str] = []
+        line = first
+        while not line.rstrip().endswith(QUOTES):
+            lines.append(line)
+            line = self._read(self._prompt("..."))
+        lines.append(line.rstrip()[: -len(QUOTES)])
+        # The quotes most often stand in lines of their own.
+        return "\n".join(lines).strip("\n")
+
+    def _command(self, line: str) -> bool:
+        """Obey a command; false to leave."""
+        name, _, rest = line[1:].strip().partition(" ")
+        rest = rest.strip()
+        if name in ("quit", "exit", "q"):
+            return False
+        if name in ("help", "?", "h"):
+            self._console.print(HELP)
+        elif name == "system":
+            self._set_system(rest or None)
+        elif name == "clear":
+            self._conversation.clear()
+            self._note("the conversation begins anew")
+        elif name == "base":
+            self._adapter = not self._adapter
+            state = "on again" if self._adapter else "off: the base model answers, in this format"
+            self._note(f"the adapter is {state}")
+        elif name == "again":
+            if self._last is None:
+                self._note("there is no message yet")
+            else:
+                self._conversation.forget_last(self._last)
+                self._answer(self._last)
+        elif name == "temperature":
+            self._set_temperature(rest)
+        else:
+            self._note(f"there is no command /{visible(name)}; /help lists them")
+        return True
+
+    def _set_system(self, text: str | None) -> None:
+        if text is not None and not self._conversation.takes_system():
+            self._note("the format that was trained has no place for a system message")
+            return
+        self._conversation.system = text
+        self._note("no system message" if text is None else "the system message is set")
+
+    def _set_temperature(self, text: str) -> None:
+        try:
+            value = float(text)
+            if not 0 <= value < float("inf"):
+                raise ValueError
+        except ValueError:
+            self._note("/temperature wants a number, 0 or more")
+            return
+        self._settings = replace(self._settings, temperature=value)
+        self._note(
+            "greedy: the likeliest token, always" if value == 0 else f"temperature {value:g}"
+        )
+
+    def _answer(self, message: str) -> bool:
+        """Answer ``message`` and remember the turn; false where the user stopped it."""
+        self._last = message
+        try:
+            rendered = self._conversation.prompt(message)
+        except HalfbyteError as error:
+            self._note(str(error))
+            return True
+        if rendered.dropped:
+            turns = (
+                "the oldest turn" if rendered.dropped == 1 else f"{rendered.dropped} oldest turns"
+            )
+            self._note(f"the conversation is longer than the model takes: {turns} dropped")
+        heard: list[str] = []
+
+        def show(piece: str) -> None:
+            heard.append(piece)
+            self._console.file.write(visible(piece))
+            self._console.file.flush()
+
+        self._console.print(
+            f"{'model' if self._adapter else 'base'} ", style=self._answer_style(), end=""
+        )
+        settings = replace(self._settings, seed=self._settings.seed + self._answers)
+        began = time.perf_counter()
+        given: Answer | None = None
+        try:
+            with self._answerer.qlora.adapter_on(self._adapter):
+                given = answer_message(self._answerer, rendered.prompt, settings, show)
+        except KeyboardInterrupt:
+            pass
+        except HalfbyteError as error:
+            self._console.print()
+            self._note(str(error))
+            return True
+        self._answers += 1
+        self._console.print()
+        self._conversation.add(message, "".join(heard))
+        self._note_answer(given, time.perf_counter() - began)
+        return given is not None
+
+    def _note_answer(self, given: Answer | None, seconds: float) -> None:
+        if given is None:
+            self._note("stopped; Ctrl-C once more, or Ctrl-D, leaves")
+            return
+        if given.prompt_cut:
+            self._note(cut_text(given.prompt_cut))
+        limit = "" if given.ended else ", the longest allowed (--max-new-tokens)"
+        self._note(f"{given.tokens} tokens{limit}, {rate_text(given.tokens / max(seconds, 1e-9))}")
+
+    def _note(self, text: str) -> None:
+        self._console.print(text, style="dim")
+
+    def _answer_style(self) -> str:
+        return "bold green" if self._adapter else "bold yellow"
+
+    def _prompt(self, text: str) -> str:
+        """A prompt for readline, which must be told which characters take no room."""
+        if self._console.no_color or not self._console.is_terminal:
+            return f"{text} "
+        return f"\001\033[1;36m\002{text}\001\033[0m\002 "
+
+
+def _line_reader() -> Callable[[str], str]:
+    """``input`` with line editing and a history, where Python has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (from now on ``input`` uses it)
+    return input
+
+
+def cut_text(tokens: int) -> str:
+    """What is said where a message is longer than the model takes."""
+    return f"the message is too long for the model: its first {tokens:,} tokens were left out"

@@ -1,0 +1,110 @@
+"""A conversation in the format that an adapter was trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from halfbyte.errors import ModelError
+
+_PROBE = "halfbyte probe"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt that fits, and what had to go for it."""
+
+    prompt: str
+    dropped: int  # oldest turns (a message and its answer) that were left out, now and for good
+
+
+class Conversation:
+    """Messages and answers, rendered by the tokenizer's chat template.
+
+    With ``single_turn`` (a format whose rows were one question each) every message stands alone.
+    ``room`` is how many tokens a prompt may have; ``count`` tells the tokens of one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        room: int,
+        count: Callable[[str], int],
+        system: str | None = None,
+        single_turn: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._room = room
+        self._count = count
+        self.system = system
+        self.single_turn = single_turn
+        self._turns: list[tuple[str, str]] = []
+
+    @property
+    def turns(self) -> int:
+        """Messages that have an answer and are part of the next prompt."""
+        return len(self._turns)
+
+    def prompt(self, message: str) -> Rendered:
+        """The prompt for ``message``; where it is too long the oldest turns are forgotten.
+
+        Raises ModelError where the template does not take the conversation.
+        """
+        dropped = 0
+        while True:
+            prompt = self._render(message)
+            if not self._turns or self._count(prompt) <= self._room:
+                return Rendered(prompt, dropped)
+            del self._turns[0]
+            dropped += 1
+
+    def add(self, message: str, answer: str) -> None:
+        """Remember a turn, unless each message stands alone."""
+        if not self.single_turn:
+            self._turns.append((message, answer))
+
+    def forget_last(self, message: str) -> None:
+        """Forget the last turn if it was about ``message``."""
+        if self._turns and self._turns[-1][0] == message:
+            del self._turns[-1]
+
+    def clear(self) -> None:
+        """Forget all turns; the system message stays."""
+        self._turns.clear()
+
+    def takes_system(self) -> bool:
+        """Whether the format has a place for a system message."""
+        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "?"}]
+        try:
+            return _PROBE in self._apply(messages)
+        except ModelError:
+            return False
+
+    def _render(self, message: str) -> str:
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for said, answered in self._turns:
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": answered})
+        return self._apply([*messages, {"role": "user", "content": message}])
+
+    def _apply(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"the adapter's chat_template.jinja does not take this conversation "
+                f"({_reason(error)}); mend the template, or begin a new conversation."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    return f"{' '.join(str(error).split()).rstrip('.')}{line}"
