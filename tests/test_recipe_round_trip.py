@@ -127,8 +127,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
     data = tree["data"]
     if data.get("template", "auto") not in ("auto", "chat", "alpaca", "plain"):
         data["template"] += "{output}"
-    if data.get("held_out_from") == "after":
-        data["limit"] = 5
     return Recipe.model_validate(tree)
 
 

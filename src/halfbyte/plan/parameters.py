@@ -1,0 +1,93 @@
+"""Counts and shapes of a model from its configuration, without a weight in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.model.lora import choose_targets
+from halfbyte.model.skeleton import build_skeleton, quantized_linears
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the memory and the time of a step depend on.
+
+    ``linears`` gives (out, in) of every layer that is stored in 4 bits, by full name; ``rest``
+    counts all other parameters (norms, embeddings, head, biases), tied ones once; ``head`` those
+    of the output head alone, whether tied or not.
+    """
+
+    linears: dict[str, tuple[int, int]]
+    rest: int
+    head: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_length: int | None  # the model's own limit in tokens
+
+    @property
+    def linear(self) -> int:
+        """Parameters that are stored in 4 bits."""
+        return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def frozen(self) -> int:
+        return self.linear + self.rest
+
+    @property
+    def largest_linear(self) -> int:
+        return max(rows * columns for rows, columns in self.linears.values())
+
+    def adapter_shapes(
+        self, r: int, target_modules: str | Sequence[str]
+    ) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+        """Shapes of A [r, in] and B [out, r] of each adapted layer, by its full name.
+
+        Raises ModelError for a target that the model lacks.
+        """
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        return {
+            name: ((r, self.linears[name][1]), (self.linears[name][0], r))
+            for name in choose_targets(self.linears, targets)
+        }
+
+    def trainable(self, r: int, target_modules: str | Sequence[str]) -> int:
+        """Parameters of the adapter: r · (in + out) for each adapted layer."""
+        shapes = self.adapter_shapes(r, target_modules)
+        return sum(a[0] * a[1] + b[0] * b[1] for a, b in shapes.values())
+
+
+def model_shape(config: Any, name: str = "the model") -> ModelShape:
+    """The shape of the causal LM that ``config`` (of transformers) describes.
+
+    The model is built on the meta device, so that what is counted is what transformers builds.
+    Raises ModelError for a configuration of which no model that halfbyte trains can be built.
+    """
+    model = build_skeleton(config, name)
+    linears = quantized_linears(model)
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    in_linears = sum(linear.weight.numel() for linear in linears.values())
+    text = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    hidden = int(text.hidden_size)
+    widths = [max(linear.weight.shape) for linear in linears.values()]
+    return ModelShape(
+        linears={n: (m.weight.shape[0], m.weight.shape[1]) for n, m in linears.items()},
+        rest=sum(parameters.values()) - in_linears,
+        head=0 if head is None else head.weight.numel(),
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        intermediate=int(getattr(text, "intermediate_size", None) or max(widths)),
+        heads=heads,
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
+        vocab=int(text.vocab_size),
+        max_length=getattr(text, "max_position_embeddings", None),
+    )
