@@ -191,9 +191,7 @@ def _triton(facts: Facts) -> list[Finding]:
     if isinstance(torch, str) or not torch.usable:
         return []
     if facts.triton is None:
-        do = "install triton in the version that this PyTorch asks for: pip install triton."
-        text = "not installed: the slower PyTorch form of each kernel is used"
-        return [Finding("Triton", "note", text, do)]
+        return [Finding("Triton", "note", "not installed; this version of halfbyte needs none")]
     return [Finding("Triton", "ok", facts.triton)]
 
 
