@@ -54,7 +54,7 @@ def save_adapter(
         for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
             tensors[f"{_PREFIX}{name}{suffix}"] = tensor.detach().cpu().contiguous()
     alpha = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -99,8 +99,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     for key in tensors:
         if not key.startswith(_PREFIX) or not key.endswith(_SUFFIXES):
             raise ModelError(
-                f"{folder / WEIGHTS} holds {key}, which is not of a plain LoRA adapter, so it cannot "
-                "be read."
+                f"{folder / WEIGHTS} holds {key}, which no plain LoRA adapter has, so it cannot be "
+                "read."
             )
         name = key.removeprefix(_PREFIX).removesuffix(_SUFFIXES[0]).removesuffix(_SUFFIXES[1])
         a, b = (tensors.get(f"{_PREFIX}{name}{suffix}") for suffix in _SUFFIXES)

@@ -48,8 +48,8 @@ def require_causal_lm(config: Any, name: str) -> Any:
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
-            f"{name} is a {config.model_type!r} model, of which transformers has no causal language "
-            "model: choose a model that generates text."
+            f"{name} is a {config.model_type!r} model, of which transformers has no causal "
+            "language model: choose a model that generates text."
         )
     return config
 

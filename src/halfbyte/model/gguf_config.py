@@ -104,8 +104,8 @@ def _rope(file: GgufFile, name: str, theta: float, config: dict[str, Any]) -> di
         if torch.allclose(divisors, _llama3_divisors(tried, 2 * len(divisors)), rtol=1e-4):
             return tried
     raise ModelError(
-        f"the GGUF file of {name} scales its rotary embedding by a table that is none of Llama 3's: "
-        "name the model's safetensors folder."
+        f"the GGUF file of {name} scales its rotary embedding by a table that is none of Llama "
+        "3's: name the model's safetensors folder."
     )
 
 

@@ -98,17 +98,18 @@ def _read(source: ModelSource, name: str, expected: Tensor) -> Tensor:
     tensor = source.read(name)
     if tensor.shape != expected.shape:
         raise ModelError(
-            f"tensor {name} of {source.name} has shape {list(tensor.shape)} where its configuration "
-            f"asks for {list(expected.shape)}: the weights and config.json do not fit each other."
+            f"tensor {name} of {source.name} has shape {list(tensor.shape)} where its "
+            f"configuration asks for {list(expected.shape)}: the two do not fit each other."
         )
     if expected.is_floating_point() and tensor.dtype not in (
         torch.float32,
         torch.bfloat16,
         torch.float16,
     ):
+        kind = str(tensor.dtype).removeprefix("torch.")
         raise ModelError(
-            f"tensor {name} of {source.name} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
-            "and only fp32, bf16 and fp16 are quantized: name a model in one of those."
+            f"tensor {name} of {source.name} is stored as {kind}, and only fp32, bf16 and fp16 are "
+            "quantized: name a model in one of those."
         )
     return tensor
 

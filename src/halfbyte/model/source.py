@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from halfbyte.errors import ModelError
 from halfbyte.model.folder import read_config, read_licence
+from halfbyte.model.hub import find_hub_model, looks_like_hub_name
+from halfbyte.model.package import PREFIX, package_gguf
 from halfbyte.model.safetensors_files import SafetensorsFiles
 from halfbyte.model.skeleton import build_skeleton
 from halfbyte.model.tokenizer import load_gguf_tokenizer, load_tokenizer
@@ -69,18 +71,35 @@ def open_model(model: ModelRecipe) -> ModelSource:
     comes with a model is executed. Raises ModelError, in one sentence, for whatever is wrong.
     """
     name = model.name
+    if name.startswith(PREFIX):
+        return _open_gguf(package_gguf(name), name)
     path = Path(name).expanduser()
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 and not (path / "config.json").exists():
-            return _open_gguf(ggufs[0], name)
         return _open_folder(path, name)
-    if path.suffix == ".gguf":
+    if path.is_file() or path.suffix == ".gguf":
         return _open_gguf(path, name)
-    raise ModelError(f"there is no model {name}: it is no folder of this machine.")
+    if looks_like_hub_name(name):
+        return _open_hub_model(name, model.revision)
+    raise ModelError(
+        f"there is no model {name}: it is no file or folder of this machine, and not of the form "
+        "of a name on the hub."
+    )
+
+
+def _open_hub_model(name: str, revision: str | None) -> ModelSource:
+    found = find_hub_model(name, revision)
+    if not found.gguf:
+        # Gigabytes are fetched only for a model that can be used.
+        read_config(found.folder, name)
+        load_tokenizer(found.folder, name)
+    found.fetch_weights()
+    return _open_folder(found.folder, name)
 
 
 def _open_folder(folder: Path, name: str) -> ModelSource:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1 and not any(folder.glob("*.safetensors")):
+        return _open_gguf(ggufs[0], name)
     config = read_config(folder, name)
     checkpoint = SafetensorsFiles.of_folder(folder)
     tokenizer = load_tokenizer(folder, name)
