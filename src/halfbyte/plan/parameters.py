@@ -29,6 +29,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    norm_width: int  # widths of the inputs of all norms together, per token
     max_length: int | None  # the model's own limit in tokens
 
     @property
@@ -76,6 +77,7 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     hidden = int(text.hidden_size)
     widths = [max(linear.weight.shape) for linear in linears.values()]
     return ModelShape(
@@ -86,8 +88,21 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
         hidden=hidden,
         intermediate=int(getattr(text, "intermediate_size", None) or max(widths)),
         heads=heads,
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        kv_heads=kv_heads,
         head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
         vocab=int(text.vocab_size),
+        norm_width=_norm_width(model, heads, kv_heads),
         max_length=getattr(text, "max_position_embeddings", None),
     )
+
+
+def _norm_width(model: Any, heads: int, kv_heads: int) -> int:
+    """What all norms read of one token, in elements; a head's own norm reads all heads."""
+    total = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not type(module).__name__.endswith("Norm") or weight is None:
+            continue
+        times = {"q_norm": heads, "k_norm": kv_heads}.get(name.rpartition(".")[2], 1)
+        total += weight.numel() * times
+    return total

@@ -64,6 +64,7 @@ def assemble(
         rows=len(data.train),
         max_length=data.max_length,
         held_out=len(data.held_out),
+        template=data.template.name,
     )
     audit = replace(data.audit, source=asked_path)
     emit(audit)

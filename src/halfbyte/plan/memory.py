@@ -1,0 +1,194 @@
+"""Bytes of a training step as functions of the recipe and the model's shape.
+
+The derivation, for a decoder of L layers with a gated MLP. H is the width of the residual stream,
+Q and K the widths of all query and all key heads, I that of the MLP, r the rank, T the tokens of a
+forward pass; c bytes are an element of the products' type, e one of the type that embeddings and
+norms are kept in, which is also the residual stream's.
+
+*Weights.* A quantized weight of n elements takes n/2 bytes of codes and 4·⌈n/64⌉ of scales; with
+double quantization ⌈n/64⌉ + 4·⌈⌈n/64⌉/256⌉ + 4. The rest takes e bytes each. A copy kept for
+speed takes c·n; without one, the largest layer is dequantized in each pass and dropped.
+
+*Kept for the backward pass*, per token and layer, in an engine that keeps nothing it can make
+again:
+
+- each norm keeps its input in fp32 (4 times its width; the residual itself where e is 4);
+- attention keeps q, k, v and its output, c·(2Q + 2K), and 4 bytes a head of log-sums;
+- the MLP keeps what goes into the activation, what comes out, and the other factor: 3·c·I;
+- an adapted layer keeps its input, which layers that share it keep once (q, k and v; gate and up):
+  the norm's output, e·H, for those, the attention's output c·Q, the MLP's product c·I; and the
+  adapter's inner product, c·r. A layer without an adapter keeps nothing.
+
+With checkpointing each layer keeps its input, e·H a token, and one layer at a time all of it.
+
+*The loss* keeps its gradient in the last hidden states, 2·c·H for each labelled token, and works
+on one chunk of logits: three tensors of at most 128 MB in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halfbyte.kernels.loss import CHUNK_BYTES
+from halfbyte.kernels.nf4 import SCALES_PER_BLOCK
+from halfbyte.plan.parameters import ModelShape
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# Layers that share their input, by the last part of the name: it is kept once.
+_SHARED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "mlp"),
+}
+# bitsandbytes' 8-bit AdamW keeps fp32 state for smaller tensors, one scale for so many elements.
+_MIN_8BIT, _STATE_BLOCK = 4096, 256
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of a recipe decides the memory of a step."""
+
+    precision: str  # "bf16", "fp16" or "fp32"
+    upcast_rest: bool
+    block_size: int
+    double_quant: bool
+    r: int
+    target_modules: str | tuple[str, ...]
+    optimizer: str
+
+    @property
+    def compute(self) -> int:
+        """Bytes of an element of the products' type."""
+        return ITEMSIZE[self.precision]
+
+    @property
+    def rest(self) -> int:
+        """Bytes of an element of embeddings, norms and residual stream."""
+        return 4 if self.upcast_rest else self.compute
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of the parts of a step; an upper estimate of the peak is their sum."""
+
+    weights: int  # NF4 and the rest
+    copy: int  # dequantized weights that are kept
+    adapter: int  # with its gradients
+    optimizer: int
+    activations: int
+    loss: int
+    working: int  # what comes and goes: a dequantized layer, the gradients of activations
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights
+            + self.copy
+            + self.adapter
+            + self.optimizer
+            + self.activations
+            + self.loss
+            + self.working
+        )
+
+
+def step_memory(
+    shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool, keep_copy: bool
+) -> StepMemory:
+    """The memory of one forward and backward pass over ``tokens`` tokens, all of them labelled."""
+    trainable = shape.trainable(setup.r, setup.target_modules)
+    copy = setup.compute * shape.linear if keep_copy else 0
+    widest = max(shape.intermediate, shape.hidden, shape.heads * shape.head_dim)
+    head_copy = 0 if setup.rest == setup.compute else setup.compute * shape.head
+    dequantized = 0 if keep_copy else (setup.compute + 8) * shape.largest_linear
+    return StepMemory(
+        weights=weight_bytes(shape, setup),
+        copy=copy,
+        adapter=8 * trainable,
+        optimizer=optimizer_bytes(shape, setup),
+        activations=activation_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing),
+        loss=loss_bytes(shape, setup, labels=tokens),
+        working=head_copy + dequantized + 4 * setup.compute * widest * tokens,
+    )
+
+
+def nf4_bytes(elements: int, block_size: int, double_quant: bool) -> int:
+    """Codes and scales of a weight, as ``quant.nf4.NF4Weight`` stores them."""
+    blocks = -(-elements // block_size)
+    codes = (elements + 1) // 2
+    if double_quant:
+        return codes + blocks + 4 * -(-blocks // SCALES_PER_BLOCK) + 4
+    return codes + 4 * blocks
+
+
+def weight_bytes(shape: ModelShape, setup: Setup) -> int:
+    """All frozen weights as they are stored."""
+    quantized = sum(
+        nf4_bytes(rows * columns, setup.block_size, setup.double_quant)
+        for rows, columns in shape.linears.values()
+    )
+    return quantized + setup.rest * shape.rest
+
+
+def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Two moments for each trained element: 8 bytes in fp32, 2 and their scales in 8 bits."""
+    total = 0
+    for matrices in shape.adapter_shapes(setup.r, setup.target_modules).values():
+        for rows, columns in matrices:
+            n = rows * columns
+            if setup.optimizer == "adamw" or n < _MIN_8BIT:
+                total += 8 * n
+            else:
+                total += 2 * n + 8 * -(-n // _STATE_BLOCK)
+    return total
+
+
+def kept_per_token(shape: ModelShape, setup: Setup) -> int:
+    """Bytes that all layers together keep for one token, without checkpointing."""
+    c, e = setup.compute, setup.rest
+    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = c * (2 * q + 2 * k) + 4 * shape.heads
+    mlp = 3 * c * shape.intermediate
+    return (
+        4 * shape.norm_width
+        + shape.layers * (attention + mlp)
+        + _adapted_inputs(shape, setup.target_modules, setup.r, c, e)
+    )
+
+
+def kept_bytes(shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool) -> int:
+    """What a forward pass over ``tokens`` tokens keeps for its backward pass, the loss apart."""
+    stream = setup.rest * shape.hidden
+    layers = shape.layers * stream if checkpointing else kept_per_token(shape, setup)
+    return tokens * (layers + stream)  # and the last hidden states
+
+
+def activation_bytes(shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool) -> int:
+    """The same at its peak: with checkpointing, one layer at a time is there as a whole."""
+    kept = kept_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing)
+    if checkpointing:
+        kept += tokens * kept_per_token(shape, setup) // shape.layers
+    return kept
+
+
+def loss_bytes(shape: ModelShape, setup: Setup, *, labels: int) -> int:
+    """Hidden states of labelled tokens with their gradients, and one chunk of logits."""
+    chunk = min(CHUNK_BYTES, 4 * shape.vocab * labels)
+    return 2 * setup.compute * shape.hidden * labels + 3 * chunk
+
+
+def _adapted_inputs(
+    shape: ModelShape, target_modules: str | Sequence[str], r: int, c: int, e: int
+) -> int:
+    """Inputs of adapted layers and their inner products, for one token."""
+    total = 0
+    seen: set[tuple[str, str]] = set()
+    for name in shape.adapter_shapes(r, target_modules):
+        total += c * r
+        parent, _, leaf = name.rpartition(".")
+        group = (parent, _SHARED.get(leaf, leaf))
+        if group not in seen:
+            seen.add(group)
+            total += (e if leaf in _SHARED else c) * shape.linears[name][1]
+    return total

@@ -1,0 +1,312 @@
+"""Every "auto" of a recipe decided, once, with a reason.
+
+What the recipe states is done as stated. Resolving a resolved recipe changes nothing, so that a
+run can go on from its own recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfbyte.events.types import Choice
+from halfbyte.plan import defaults
+from halfbyte.plan.device import Device
+from halfbyte.plan.memory import Setup, optimizer_bytes
+from halfbyte.plan.parameters import ModelShape, model_shape
+from halfbyte.plan.precision import choose_precision
+from halfbyte.plan.strategy import (
+    ROWS_PER_STEP,
+    Way,
+    budget,
+    choose_way,
+    gigabytes,
+    possible_batches,
+    ways,
+)
+from halfbyte.plan.warn import warnings_of
+from halfbyte.recipe import Recipe
+from halfbyte.recipe.settings import get, is_stated
+
+# bitsandbytes pages the state of a parameter of at least so many elements.
+PAGED_FROM = 100_000
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """``recipe`` with every setting decided, and what follows from it.
+
+    ``keep_copy`` says whether each weight is also kept dequantized; it changes no number, only
+    time and memory, and so is no setting.
+    """
+
+    recipe: Recipe
+    steps: int
+    steps_per_epoch: int
+    choices: list[Choice]
+    warnings: list[str]
+    keep_copy: bool
+
+
+@dataclass
+class Decisions:
+    """A copy of the recipe in which "auto" gives way to values, and why."""
+
+    recipe: Recipe
+    choices: list[Choice] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Decisions:
+        return cls(recipe.model_copy(deep=True))
+
+    def is_open(self, key: str) -> bool:
+        return bool(get(self.recipe, key) == "auto")
+
+    def auto(self, key: str, decide: Callable[[], tuple[Any, str]]) -> None:
+        """Decide ``key`` if the recipe leaves it open."""
+        if self.is_open(key):
+            self.set(key, *decide())
+
+    def set(self, key: str, value: Any, reason: str) -> None:
+        """Give ``key`` a value that the recipe does not state."""
+        self.choices.append(Choice(key, get(self.recipe, key), value, reason))
+        self.put(key, value)
+
+    def put(self, key: str, value: Any) -> None:
+        """Give ``key`` a value of which somebody else has told."""
+        section, _, name = key.rpartition(".")
+        setattr(get(self.recipe, section) if section else self.recipe, name, value)
+
+    def tell_defaults(self) -> None:
+        """The reasons of the defaults of what the recipe does not mention."""
+        for key, reason in defaults.FIXED.items():
+            if not is_stated(self.recipe, key):
+                self.choices.append(Choice(key, None, get(self.recipe, key), reason))
+
+
+def resolve(
+    recipe: Recipe,
+    *,
+    device: Device,
+    model_config: Any,
+    rows: int,
+    max_length: int,
+    held_out: int,
+    template: str | None = None,
+) -> Resolved:
+    """Decide what ``recipe`` leaves open.
+
+    ``model_config`` is transformers'; ``rows`` the rows that train, ``held_out`` those that do
+    not, ``max_length`` the longest row in tokens and ``template`` the template's name, as the
+    data room has decided and told of them. Raises ModelError for target modules that the model
+    lacks.
+    """
+    shape = model_shape(model_config, recipe.model.name)
+    decided = Decisions.of(recipe)
+    decide_device(decided, device)
+    _put_data(decided, max_length, held_out, template)
+    decided.tell_defaults()
+    decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora.r))
+    decided.auto("training.learning_rate", lambda: defaults.learning_rate(shape.frozen))
+    way, fits = _decide_way(decided, shape, device, max_length)
+    _decide_optimizer(decided, shape, device)
+    per_epoch, total = _decide_steps(decided, rows)
+    _decide_watch(decided, total, held_out)
+    return Resolved(
+        recipe=decided.recipe,
+        steps=total,
+        steps_per_epoch=per_epoch,
+        choices=decided.choices,
+        warnings=warnings_of(
+            recipe,
+            decided.recipe,
+            device,
+            shape,
+            way=way,
+            fits=fits,
+            rows=rows,
+            steps=total,
+            held_out=held_out,
+        ),
+        keep_copy=way.keep_copy,
+    )
+
+
+def decide_device(decided: Decisions, device: Device) -> None:
+    """What follows from the device alone."""
+    here = f"{device.name} is here" if device.kind == "cuda" else "no GPU was found"
+    decided.auto("device", lambda: (device.kind, here))
+    decided.auto("precision", lambda: choose_precision(device))
+
+
+def _put_data(decided: Decisions, max_length: int, held_out: int, template: str | None) -> None:
+    if decided.is_open("data.max_length"):
+        decided.put("data.max_length", max_length)
+    if decided.is_open("data.held_out"):
+        decided.put("data.held_out", held_out)
+    if template is not None and decided.is_open("data.template"):
+        decided.put("data.template", template)
+
+
+def _decide_way(
+    decided: Decisions, shape: ModelShape, device: Device, row_tokens: int
+) -> tuple[Way, bool]:
+    """Rows in a pass, recomputing, the type of the rest, and a copy, by memory and time."""
+    training, limit = decided.recipe.training, budget(device)
+    batches = possible_batches(training.batch_size, training.gradient_accumulation)
+    stated = training.gradient_checkpointing
+    recompute = (False, True) if stated == "auto" else (bool(stated),)
+
+    def best(upcast: bool) -> tuple[Way, bool, list[Way]]:
+        setup = setup_of(decided.recipe, upcast_rest=upcast)
+        found = ways(
+            shape, setup, device, row_tokens=row_tokens, batches=batches, checkpointing=recompute
+        )
+        return *choose_way(found, limit), found
+
+    asked = decided.recipe.quantization.upcast_rest
+    way, fits, found = best(asked is not False)
+    if asked == "auto":
+        if fits or decided.recipe.precision == "fp32":
+            decided.set("quantization.upcast_rest", True, _upcast_reason(decided.recipe, shape))
+        else:
+            way, fits, found = best(False)
+            decided.set(
+                "quantization.upcast_rest",
+                False,
+                f"norms, embeddings and head in fp32 would not fit into {limit.words}",
+            )
+    if training.batch_size == "auto":
+        words = f"{way.batch_size} × {way.gradient_accumulation} rows a step"
+        decided.set(
+            "training.batch_size",
+            way.batch_size,
+            f"{words}; a pass of up to {way.batch_size * row_tokens:,} tokens needs about "
+            f"{gigabytes(way.memory.total)} of {limit.words}",
+        )
+    if training.gradient_accumulation == "auto":
+        made = way.batch_size * way.gradient_accumulation
+        decided.set(
+            "training.gradient_accumulation",
+            way.gradient_accumulation,
+            f"{made} rows a step"
+            + (
+                "" if made == ROWS_PER_STEP else f", as near to {ROWS_PER_STEP} as the batch allows"
+            ),
+        )
+    if training.gradient_checkpointing == "auto":
+        decided.set(
+            "training.gradient_checkpointing", *_recompute_reason(way, found, fits, limit.words)
+        )
+    decided.choices.append(
+        Choice("keep_copy", None, way.keep_copy, _copy_reason(way, found, limit.words))
+    )
+    return way, fits
+
+
+def setup_of(recipe: Recipe, *, upcast_rest: bool) -> Setup:
+    """What of ``recipe``, its precision decided, the memory of a step follows from."""
+    targets = recipe.lora.target_modules
+    return Setup(
+        precision=str(recipe.precision),
+        upcast_rest=upcast_rest,
+        block_size=recipe.quantization.block_size,
+        double_quant=recipe.quantization.double_quant,
+        r=recipe.lora.r,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        optimizer=recipe.training.optimizer,
+    )
+
+
+def _upcast_reason(recipe: Recipe, shape: ModelShape) -> str:
+    if recipe.precision == "fp32":
+        return "everything is in fp32 here"
+    return (
+        "PEFT's prepare_model_for_kbit_training keeps norms, embeddings and head in fp32 too; it "
+        f"costs {gigabytes(2 * shape.rest)} of weights"
+    )
+
+
+def _recompute_reason(way: Way, found: list[Way], fits: bool, of: str) -> tuple[bool, str]:
+    other = next(
+        w
+        for w in found
+        if (w.batch_size, w.keep_copy) == (way.batch_size, way.keep_copy)
+        and w.checkpointing != way.checkpointing
+    )
+    if not way.checkpointing:
+        return False, (
+            f"all activations fit: about {gigabytes(way.memory.total)} of {of}; recomputing "
+            f"would save {gigabytes(way.memory.total - other.memory.total)} and cost time"
+        )
+    if not fits:
+        return True, "memory is short, and recomputing needs the least"
+    return True, (
+        f"keeping all activations would need about {gigabytes(other.memory.total)} and there are "
+        f"{of}; recomputing needs {gigabytes(way.memory.total)}"
+    )
+
+
+def _copy_reason(way: Way, found: list[Way], of: str) -> str:
+    if way.keep_copy:
+        return (
+            f"a dequantized copy of the weights ({gigabytes(way.memory.copy)}) fits and saves "
+            "dequantizing them in every pass; the numbers are the same"
+        )
+    copy = max(w.memory.copy for w in found)
+    return (
+        f"a dequantized copy of the weights ({gigabytes(copy)}) would take memory that the step "
+        f"needs more, of {of}"
+    )
+
+
+def _decide_optimizer(decided: Decisions, shape: ModelShape, device: Device) -> None:
+    """Paging moves optimizer state out of a full GPU; here the state is small and stays."""
+    recipe = decided.recipe
+    if recipe.training.optimizer != "paged_adamw_8bit":
+        return
+    setup = setup_of(recipe, upcast_rest=bool(recipe.quantization.upcast_rest))
+    state = gigabytes(optimizer_bytes(shape, setup))
+    shapes = shape.adapter_shapes(recipe.lora.r, recipe.lora.target_modules)
+    largest = max(rows * columns for pair in shapes.values() for rows, columns in pair)
+    same = f"the same 8-bit AdamW, its state ({state}) not paged"
+    if device.kind == "cpu":
+        why = "a CPU has no second memory to page to"
+    elif largest < PAGED_FROM:
+        why = (
+            f"the largest trained matrix has {largest:,} elements, and bitsandbytes too pages "
+            f"only from {PAGED_FROM:,}"
+        )
+    else:
+        why = "it is small enough to stay on the GPU, where paging would only slow it"
+    decided.set("training.optimizer", "adamw_8bit", f"{same}: {why}")
+
+
+def _decide_steps(decided: Decisions, rows: int) -> tuple[int, int]:
+    training = decided.recipe.training
+    decided.auto("training.epochs", lambda: defaults.epochs(rows))
+    rows_per_step = int(training.batch_size) * int(training.gradient_accumulation)
+    per_epoch = defaults.steps_per_epoch(rows, rows_per_step)
+    total = defaults.steps(per_epoch, float(training.epochs))
+    if training.max_steps is not None:
+        passes = training.max_steps / per_epoch
+        decided.choices.append(
+            Choice(
+                "training.max_steps",
+                training.max_steps,
+                training.max_steps,
+                f"{passes:.3g} epochs, where training.epochs alone would make {total:,} steps",
+            )
+        )
+        total = training.max_steps
+    decided.auto("training.warmup_steps", lambda: defaults.warmup_steps(total))
+    return per_epoch, total
+
+
+def _decide_watch(decided: Decisions, total: int, held_out: int) -> None:
+    recipe = decided.recipe
+    decided.auto("evaluation.every_steps", lambda: defaults.evaluation_every(total, held_out))
+    every = int(recipe.evaluation.every_steps)
+    decided.auto("evaluation.keep", lambda: defaults.keep(held_out, every))
+    decided.auto("checkpoints.every_steps", lambda: defaults.checkpoint_every(total, every))

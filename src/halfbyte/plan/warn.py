@@ -1,0 +1,122 @@
+"""What is done as stated, and is not a good idea here: one sentence each, with what is better."""
+
+from __future__ import annotations
+
+from halfbyte.plan.device import Device
+from halfbyte.plan.parameters import ModelShape
+from halfbyte.plan.precision import precision_warning
+from halfbyte.plan.strategy import Way, budget, gigabytes
+from halfbyte.recipe import Recipe
+
+HIGH_RATE = 1e-3  # a LoRA run above it usually diverges
+MANY_EPOCHS = 10
+
+
+def warnings_of(
+    asked: Recipe,
+    recipe: Recipe,
+    device: Device,
+    shape: ModelShape,
+    *,
+    way: Way,
+    fits: bool,
+    rows: int,
+    steps: int,
+    held_out: int,
+) -> list[str]:
+    """Warnings on ``asked``, whose resolved form is ``recipe``."""
+    found = [
+        precision_warning(asked.precision, device) if asked.precision != "auto" else None,
+        _memory(asked, device, way, fits),
+        _rate(recipe),
+        _warmup(recipe, steps),
+        _rows(recipe, rows),
+        _epochs(asked),
+        _keep(asked, recipe, held_out),
+        _rank(asked, shape),
+    ]
+    return [text for text in found if text]
+
+
+def _memory(asked: Recipe, device: Device, way: Way, fits: bool) -> str | None:
+    need = gigabytes(way.memory.total)
+    if fits:
+        if way.memory.total <= device.free_bytes:
+            return None
+        return (
+            f"a step needs about {need} and {gigabytes(device.free_bytes)} are free; end other "
+            "programs that hold memory."
+        )
+    better = []
+    if asked.training.gradient_checkpointing is False:
+        better.append("--set training.gradient_checkpointing=true")
+    if way.batch_size > 1:
+        better.append(
+            f"--set training.batch_size={max(1, way.batch_size // 4)} "
+            f"--set training.gradient_accumulation={way.gradient_accumulation * 4}"
+        )
+    if not better:
+        better.append("a smaller --set data.max_length or a smaller model")
+    return (
+        f"a pass of {way.batch_size} rows of the maximum length needs about {need}, more than "
+        f"there is ({budget(device).words}), and may run out of memory; try {', or '.join(better)}."
+    )
+
+
+def _rate(recipe: Recipe) -> str | None:
+    rate = float(recipe.training.learning_rate)
+    if rate <= HIGH_RATE:
+        return None
+    return (
+        f"training.learning_rate is {rate:g}; above {HIGH_RATE:g} an adapter seldom learns and "
+        "often diverges: --set training.learning_rate=2e-4 is usual."
+    )
+
+
+def _warmup(recipe: Recipe, steps: int) -> str | None:
+    warmup = int(recipe.training.warmup_steps)
+    if warmup < steps or warmup == 0:
+        return None
+    return (
+        f"training.warmup_steps is {warmup} and the run has {steps} steps, so the learning rate "
+        "never reaches its peak; --set training.warmup_steps=auto takes 3 %."
+    )
+
+
+def _rows(recipe: Recipe, rows: int) -> str | None:
+    step = int(recipe.training.batch_size) * int(recipe.training.gradient_accumulation)
+    if step <= rows or recipe.training.max_steps is not None:
+        return None
+    return (
+        f"a step takes {step} rows and there are {rows}: an epoch is one step; "
+        f"--set training.batch_size={max(1, rows // 8)} "
+        "--set training.gradient_accumulation=1 makes more of them."
+    )
+
+
+def _epochs(asked: Recipe) -> str | None:
+    epochs = asked.training.epochs
+    if epochs == "auto" or float(epochs) <= MANY_EPOCHS or asked.training.max_steps is not None:
+        return None
+    return (
+        f"training.epochs is {epochs:g}; rows seen more than {MANY_EPOCHS} times are learned by "
+        "heart: --set training.epochs=3 is usual."
+    )
+
+
+def _keep(asked: Recipe, recipe: Recipe, held_out: int) -> str | None:
+    if asked.evaluation.keep != "best" or (held_out and recipe.evaluation.every_steps):
+        return None
+    return (
+        "evaluation.keep is best, but no held-out loss is measured, so the last adapter is kept; "
+        "--set data.held_out=auto --set evaluation.every_steps=auto measures it."
+    )
+
+
+def _rank(asked: Recipe, shape: ModelShape) -> str | None:
+    if asked.lora.r <= min(min(pair) for pair in shape.linears.values()):
+        return None
+    return (
+        f"lora.r is {asked.lora.r}, more than the rank that the smallest adapted layer can have; "
+        "--set lora.r=16 is usual."
+    )
