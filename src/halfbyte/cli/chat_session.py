@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,7 +16,9 @@ from halfbyte.generate.answer import Answer, answer, room_for_prompt
 from halfbyte.generate.conversation import Conversation
 from halfbyte.generate.prompt import context_length, prompt_ids
 from halfbyte.recipe.load import load_recipe
-from halfbyte.run.inference import Answerer
+
+if TYPE_CHECKING:
+    from halfbyte.run.inference import Answerer
 
 HELP = """\
 /system TEXT      set the system message; alone: take it away
@@ -110,31 +113,31 @@ class Session:
         self._conversation = make_conversation(answerer, settings, system)
         self._adapter = True
         self._answers = 0  # so far, so that each draws anew
-        self._last: str | None = None
+        self._last: str | None = None  # message
+        self._stopped = False  # the last thing that happened was Ctrl-C
 
     def run(self) -> None:
         """Until Ctrl-D, /quit, or Ctrl-C twice in a row."""
         self._greet()
-        stopped = False  # the last thing that happened was Ctrl-C
         while True:
             try:
                 message, is_command = self._ask()
-                stopped = False
+                self._stopped = False
                 if not message.strip():
                     continue
                 if is_command:
                     if not self._command(message):
                         return
                 else:
-                    stopped = not self._answer(message)
+                    self._answer(message)
             except EOFError:
                 self._console.print()
                 return
             except KeyboardInterrupt:
                 self._console.print()
-                if stopped:
+                if self._stopped:
                     return
-                stopped = True
+                self._stopped = True
                 self._note("Ctrl-C once more, or Ctrl-D, leaves")
 
     def _greet(self) -> None:
@@ -220,23 +223,19 @@ class Session:
             self._note("/temperature wants a number, 0 or more")
             return
         self._settings = replace(self._settings, temperature=value)
-        self._note(
-            "greedy: the likeliest token, always" if value == 0 else f"temperature {value:g}"
-        )
+        self._note("greedy: always the likeliest" if value == 0 else f"temperature {value:g}")
 
-    def _answer(self, message: str) -> bool:
-        """Answer ``message`` and remember the turn; false where the user stopped it."""
+    def _answer(self, message: str) -> None:
+        """Answer ``message`` and remember the turn, also one that the user stopped."""
         self._last = message
         try:
             rendered = self._conversation.prompt(message)
         except HalfbyteError as error:
             self._note(str(error))
-            return True
+            return
         if rendered.dropped:
-            turns = (
-                "the oldest turn" if rendered.dropped == 1 else f"{rendered.dropped} oldest turns"
-            )
-            self._note(f"the conversation is longer than the model takes: {turns} dropped")
+            turns = "turn was" if rendered.dropped == 1 else f"{rendered.dropped} turns were"
+            self._note(f"longer than the model takes: the oldest {turns} dropped")
         heard: list[str] = []
 
         def show(piece: str) -> None:
@@ -254,16 +253,15 @@ class Session:
             with self._answerer.qlora.adapter_on(self._adapter):
                 given = answer_message(self._answerer, rendered.prompt, settings, show)
         except KeyboardInterrupt:
-            pass
+            self._stopped = True
         except HalfbyteError as error:
             self._console.print()
             self._note(str(error))
-            return True
+            return
         self._answers += 1
         self._console.print()
         self._conversation.add(message, "".join(heard))
         self._note_answer(given, time.perf_counter() - began)
-        return given is not None
 
     def _note_answer(self, given: Answer | None, seconds: float) -> None:
         if given is None:
