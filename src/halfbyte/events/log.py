@@ -35,7 +35,8 @@ class EventLog:
     def __init__(self, folder: Path, *, listeners: list[Emit] | None = None) -> None:
         path = folder / FILE_NAME
         torn = _ends_mid_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        # Half a surrogate pair, which UTF-8 refuses and a row can hold, becomes JSON's escape.
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         if torn:  # a process died while writing: end its line, the reader passes over it
             self._file.write("\n")
         self.listeners: list[Emit] = list(listeners or [])

@@ -157,7 +157,7 @@ def _memory(story: Story) -> str:
 
 def _energy(story: Story) -> str:
     found = story.energies
-    return figures.energy(sum(e.joules for e in found)) if found else "not reported"
+    return figures.watt_hours(sum(e.joules for e in found)) if found else "not reported"
 
 
 def _differences(stories: list[Story]) -> list[Block]:

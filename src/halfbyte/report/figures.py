@@ -13,6 +13,7 @@ from typing import Any
 
 NONE = "–"  # what a table shows where there is no value
 MINUS = "\N{MINUS SIGN}"
+NBSP = "\N{NO-BREAK SPACE}"  # between a figure and its unit
 
 
 def count(number: float) -> str:
@@ -22,7 +23,7 @@ def count(number: float) -> str:
 
 def many(number: int, one: str, more: str | None = None) -> str:
     """``3 rows``, ``1 row``."""
-    return f"{count(number)} {one if number == 1 else more or one + 's'}"
+    return f"{count(number)}{NBSP}{one if number == 1 else more or one + 's'}"
 
 
 def loss(value: float | None) -> str:
@@ -53,8 +54,8 @@ def percentage(part: float, whole: float) -> str:
     exact = Decimal(part) * 100 / Decimal(whole)
     rounded = exact.quantize(Decimal("0.01"), rounding=ROUND_HALF_UP)
     if exact and not rounded:
-        return "< 0.01 %"
-    return f"{rounded:,} %".replace("-", MINUS)
+        return f"<{NBSP}0.01{NBSP}%"
+    return f"{rounded:,}{NBSP}%".replace("-", MINUS)
 
 
 def size(number: float) -> str:
@@ -62,35 +63,39 @@ def size(number: float) -> str:
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(number) >= unit * 0.9995:
             value = number / unit
-            return f"{value:.{_digits(value)}f} {name}".replace("-", MINUS)
+            return f"{value:.{_digits(value)}f}{NBSP}{name}".replace("-", MINUS)
     return many(round(number), "byte")
 
 
 def gib(number: float) -> str:
     """Bytes of working memory."""
-    return f"{number / 2**30:.2f} GiB"
+    return f"{number / 2**30:.2f}{NBSP}GiB"
 
 
 def duration(seconds: float) -> str:
     """A stretch of time, in the two units that matter."""
     if seconds < 0.01:
-        return "0 s" if seconds == 0 else "< 0.01 s"
+        return f"0{NBSP}s" if seconds == 0 else f"<{NBSP}0.01{NBSP}s"
     if seconds < 9.95:
-        return f"{seconds:.2g} s" if seconds < 0.1 else f"{seconds:.1f} s"
+        return f"{seconds:.2g}{NBSP}s" if seconds < 0.1 else f"{seconds:.1f}{NBSP}s"
     if seconds < 59.5:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f}{NBSP}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes}{NBSP}min {rest:02d}{NBSP}s"
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    return f"{hours // 24} days {hours % 24} h"
+        return f"{hours}{NBSP}h {minutes:02d}{NBSP}min"
+    return f"{hours // 24}{NBSP}days {hours % 24}{NBSP}h"
 
 
-def energy(joules: float) -> str:
-    """Joules, and watt-hours as an electricity meter counts."""
-    return f"{_scaled(joules, 'J')} ({_scaled(joules / 3600, 'Wh')})"
+def joules(energy: float) -> str:
+    return _scaled(energy, "J")
+
+
+def watt_hours(energy: float) -> str:
+    """Joules in the unit of an electricity meter."""
+    return _scaled(energy / 3600, "Wh")
 
 
 def rate(value: float) -> str:
@@ -105,7 +110,7 @@ def speed(tokens: float, seconds: float) -> str:
     if seconds <= 0:
         return NONE
     value = tokens / seconds
-    return f"{count(value) if value >= 100 else f'{value:.1f}'} tokens/s"
+    return f"{count(value) if value >= 100 else f'{value:.1f}'}{NBSP}tokens/s"
 
 
 def choices(loss_in_nats: float) -> str:
@@ -143,5 +148,5 @@ def _digits(value: float) -> int:
 def _scaled(value: float, unit: str) -> str:
     for factor, prefix in ((1e6, "M"), (1e3, "k")):
         if value >= factor:
-            return f"{value / factor:.{_digits(value / factor)}f} {prefix}{unit}"
-    return f"{value:.{_digits(value)}f} {unit}"
+            return f"{value / factor:.{_digits(value / factor)}f}{NBSP}{prefix}{unit}"
+    return f"{value:.{_digits(value)}f}{NBSP}{unit}"

@@ -18,6 +18,7 @@ from halfbyte.report.blocks import (
     Picture,
     Sample,
     Section,
+    Shown,
     Table,
     Tiles,
     Verbatim,
@@ -26,13 +27,14 @@ from halfbyte.report.text import clean
 
 # What begins markup anywhere in a line, and what does so only at its beginning.
 _ACTIVE = re.compile(r"([\\`*_\[\]<>|~$&])")
-_LEADING = re.compile(r"^(\s*)([-+#=>:]|\d+(?=[.)]))")
+_LEADING = re.compile(r"^(?:([-+#=])|(\d+)(?=[.)](?:\s|$)))")
 
 
 def to_markdown(document: Document) -> str:
     """The whole document; its plots are ``plots/NAME.png``."""
     lines = [f"# {escape(document.title)}", ""]
-    lines += [escape(" · ".join([document.kicker, *document.facts, document.state])), ""]
+    line = [document.kicker, *document.facts, document.state]
+    lines += [escape(" · ".join(part for part in line if part)), ""]
     lines += ["**Objective.** " + escape(document.objective), ""]
     for section in document.page_one:
         lines += _section(section, 2)
@@ -65,8 +67,8 @@ def fenced(text: str) -> list[str]:
 
 
 def _escape_leading(match: re.Match[str]) -> str:
-    space, mark = match.groups()
-    return f"{space}{mark}\\" if mark.isdigit() else f"{space}\\{mark}"
+    mark, number = match.groups()
+    return f"\\{mark}" if mark else f"{number}\\"
 
 
 def _longest_run(text: str) -> int:
@@ -127,10 +129,7 @@ def _caption(text: str) -> list[str]:
     return [escape(text), ""] if text else []
 
 
-def _answer(answer: object, level: int) -> list[str]:
-    from halfbyte.report.blocks import Shown
-
-    assert isinstance(answer, Shown)
+def _answer(answer: Shown, level: int) -> list[str]:
     lines = [f"{'#' * level} {escape(answer.title)}", ""]
     for name, text in (
         ("Prompt", answer.prompt),

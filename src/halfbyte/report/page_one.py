@@ -20,8 +20,8 @@ from halfbyte.report.result import five_sentences, limits, surprised_by
 from halfbyte.report.story import Answer, Story
 
 SHOWN_ANSWERS = 3
-# Letters of a prompt and of an answer that page one shows; the rest is in the results.
-LONGEST_PROMPT, LONGEST_ANSWER = 220, 330
+# How much of a prompt and of an answer page one shows; the rest is in the results.
+LONGEST_PROMPT, LONGEST_ANSWER, MOST_LINES = 150, 210, 6
 
 
 def page_one(story: Story) -> list[Section]:
@@ -29,8 +29,8 @@ def page_one(story: Story) -> list[Section]:
     return [
         Section("The result in five sentences", "result", [Items(five_sentences(story), True)]),
         Section("Held-out loss", "held-out-loss", _held_out(story)),
-        Section("Time and energy", "cost", [_cost(story)]),
         Section("Answers before and after", "answers", _answers(story)),
+        Section("Time and energy", "cost", [_cost(story)]),
         Section("What this result is not good for", "limits", [Items(limits(story))]),
     ]
 
@@ -44,13 +44,14 @@ def state(story: Story) -> str:
 
 
 def cut(text: str, longest: int) -> str:
-    """``text``, or as many of its words as fit, with dots."""
+    """``text``, or as many of its lines and words as fit, with dots."""
     text = text.strip()
-    if len(text) <= longest:
-        return text
-    head = text[:longest]
-    at = head.rfind(" ")
-    return f"{head[: at if at > longest // 2 else longest].rstrip()} …"
+    head = "\n".join(text.splitlines()[:MOST_LINES])
+    if len(head) > longest:
+        head = head[:longest]
+        at = head.rfind(" ")
+        head = head[: at if at > longest // 2 else longest]
+    return text if len(head) >= len(text) else f"{head.rstrip()} …"
 
 
 def shown(answer: Answer, *, whole: bool = False) -> Shown:
@@ -92,7 +93,7 @@ def _held_out(story: Story) -> list[Block]:
         Bar(
             label,
             "not measured" if value is None else figures.loss(value),
-            figures.NONE if value is None else figures.choices(value),
+            figures.NONE if value is None else f"{figures.choices(value)} tokens",
             None if value is None or not math.isfinite(value) else value / (longest or 1.0),
             strong=label == last,
         )
@@ -119,20 +120,15 @@ def _cost(story: Story) -> Tiles:
     tokens = sum(s.tokens for s in story.steps)
     energies = story.energies
     if energies:
-        energy = figures.energy(sum(e.joules for e in energies))
+        joules = sum(e.joules for e in energies)
+        energy = figures.watt_hours(joules)
         sources = ", ".join(dict.fromkeys(e.source for e in energies))
-        note = f"over the steps, from {sources}"
+        note = f"{figures.joules(joules)} in the steps, by {sources}"
         if len(energies) < len(story.processes):
             note += "; at least, since a process that was cut off reported none"
     else:
         energy, note = "not reported", "the device gives no figure of its energy"
-    device = story.plan.device if story.plan else figures.NONE
-    environment = story.environments[-1] if story.environments else None
-    where = ""
-    if environment is not None and environment.gpu is None:
-        where = figures.many(environment.cpu_threads, "thread") + ", no GPU"
-    elif environment is not None and environment.gpu_memory_bytes:
-        where = f"{figures.gib(environment.gpu_memory_bytes)} of memory"
+    device, where = _device(story)
     return Tiles(
         [
             (
@@ -149,6 +145,16 @@ def _cost(story: Story) -> Tiles:
             ("device", device, where),
         ]
     )
+
+
+def _device(story: Story) -> tuple[str, str]:
+    if not story.environments:
+        return story.plan.device if story.plan else figures.NONE, ""
+    machine = story.environments[-1]
+    if machine.gpu is None:
+        return "CPU", f"{machine.cpu}, {figures.many(machine.cpu_threads, 'thread')}, no GPU"
+    memory = machine.gpu_memory_bytes
+    return machine.gpu, f"{figures.gib(memory)} of memory" if memory else ""
 
 
 def _answers(story: Story) -> list[Block]:

@@ -35,7 +35,8 @@ _STYLE: dict[str, Any] = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "grid.color": GRID,
-    "legend.frameon": False,
+    "legend.framealpha": 0.9,
+    "legend.edgecolor": "none",
     "legend.fontsize": 9,
 }
 
@@ -73,6 +74,7 @@ def draw(name: str, height: float, fill: Callable[[Figure], None]) -> Plot:
         fill(figure)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")  # it is laid out
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
     return Plot(_inline(svg.getvalue(), name), png.getvalue())
 
@@ -198,6 +200,9 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    # A style element would hold for the whole page; what it says is inherited from here as well.
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     # Without its size in points the drawing takes the page's width; the viewBox keeps the shape.
     opening, rest = svg.split(">", 1)
-    return re.sub(r' (?:width|height)="[^"]*"', "", opening) + ">" + rest
+    opening = re.sub(r' (?:width|height)="[^"]*"', "", opening)
+    return f'{opening} style="stroke-linejoin: round; stroke-linecap: butt">{rest}'

@@ -161,7 +161,7 @@ def _held_out(story: Story) -> str:
     if apart < 0:
         return (
             f"{beginning}{figures.loss(loss)}, which is {text} lower than the "
-            f"{figures.loss(against.loss)} of {base}."
+            f"{figures.loss(against.loss)} of {base}, so the training helped."
         )
     if apart == 0:
         return f"{beginning}{figures.loss(loss)}, the same as that of {base}: it gained nothing."
@@ -229,6 +229,8 @@ def _kept(story: Story) -> str:
         f"The adapter that is kept is that of step {figures.count(kept.step)} of "
         f"{figures.count(story.planned_steps)}"
     )
+    if story.evaluations and best is None:
+        return f"{text}, chosen blindly, since no held-out loss was a finite number."
     if best is None or story.adapter_loss is None:
         return f"{text}, the last one; whether an earlier one was better was not measured."
     if best.loss < story.adapter_loss:
@@ -261,7 +263,8 @@ def _price(story: Story) -> str:
     if story.steps:
         peak = max(s.memory_bytes for s in story.steps)
         parts.append(f"the memory in use reached {figures.gib(peak)}")
-    checks = f"{len(made) - len(failed)} of the {figures.many(len(made), 'check')} passed"
+    some = "all" if not failed else f"{len(made) - len(failed)} of"
+    checks = f"{some} {figures.many(len(made), 'check')} passed"
     if len(found) > len(made):
         checks += f", with {len(found) - len(made)} more not applicable"
     parts.append(checks)

@@ -11,7 +11,6 @@ from halfbyte.report.blocks import (
     Code,
     Facts,
     Heading,
-    Items,
     Paragraph,
     Picture,
     Sample,
@@ -346,11 +345,11 @@ def _artifacts(story: Story) -> list[Block]:
         )
     else:
         blocks.append(Paragraph("No adapter has been saved: that is done when a run finishes."))
-    beside = ["events.jsonl, the record that this report is made of"]
+    beside = "Beside them in the run folder: events.jsonl, the record that this report is made of"
     if story.checkpoints:
-        last = story.checkpoints[-1]
-        beside.append(f"{last.path}, the last checkpoint")
+        beside += f", and {story.checkpoints[-1].path}, the last checkpoint"
+    blocks.append(Paragraph(beside + "."))
     if story.finished is None and story.checkpoints:
-        beside.append(f"to go on from there: halfbyte train --resume with the folder {story.name}")
-    blocks += [Paragraph("Beside them in the run folder:"), Items(beside)]
+        go_on = f"To go on from there: halfbyte train --resume, with the run folder {story.name}."
+        blocks.append(Paragraph(go_on))
     return blocks

@@ -9,6 +9,9 @@ from halfbyte.recipe.settings import settings as known_settings
 from halfbyte.report import figures
 from halfbyte.report.story import Story, flatten
 
+# What the recipe says about the run rather than to it; the report shows it elsewhere.
+WORDS = ("title", "author", "objective")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -30,6 +33,7 @@ def settings(story: Story) -> list[Setting]:
             _reason(story, key, value, key in typed),
         )
         for key, value in effective.items()
+        if key not in WORDS
     ]
     rows += [
         Setting(key, figures.setting(c.asked), figures.setting(c.value), c.reason)

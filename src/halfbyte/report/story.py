@@ -128,7 +128,8 @@ class Story:
     def model_name(self) -> str:
         """What to call the base model in a sentence: a path or a package without what is around."""
         name = self.model.name if self.model else self.recipe.model.name
-        return name.removeprefix("pypi:").rstrip("/").rsplit("/", 1)[-1].rsplit("\\", 1)[-1]
+        name = name.removeprefix("pypi:").split("==", 1)[0].replace("\\", "/")
+        return name.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def begin(self) -> float | None:
