@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ModelError
+from halfbyte.model.wording import reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +123,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"{folder} holds no adapter: {CONFIG} is missing.") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+        raise ModelError(f"{path} cannot be read as JSON: {reason(error)}.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path} is not of a LoRA adapter, the only kind that halfbyte reads.")
     odd = [
@@ -153,4 +154,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             ) from error
         raise ModelError(f"{folder} holds no adapter: {WEIGHTS} is missing.") from error
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged or was cut off ({error}): save it again.") from error
+        raise ModelError(
+            f"{path} is damaged or was cut off ({reason(error)}): save it again."
+        ) from error

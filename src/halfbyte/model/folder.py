@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError
+from halfbyte.model.wording import reason
 
 
 def read_config(folder: Path, name: str) -> Any:
@@ -26,7 +27,7 @@ def read_config(folder: Path, name: str) -> Any:
             "or a model on the hub."
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+        raise ModelError(f"{path} cannot be read as JSON: {reason(error)}.") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path} is not a model's configuration: it holds no JSON object.")
     _require_known(raw, name)
@@ -36,9 +37,9 @@ def read_config(folder: Path, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, each about the file's content
-        raise ModelError(f"{path} is not a configuration that transformers takes: {error}") from (
-            error
-        )
+        raise ModelError(
+            f"{path} is not a configuration that transformers takes: {reason(error)}."
+        ) from (error)
     return require_causal_lm(config, name)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from halfbyte.errors import ModelError
 from halfbyte.model.names import gguf_parameter_names
+from halfbyte.model.wording import reason
 
 # Values dequantized at once, so that what is made on the way stays under 100 MB.
 _CHUNK = 1 << 22
@@ -95,7 +96,7 @@ class GgufFile:
             raise ModelError(f"there is no model file {path}.") from error
         except (ValueError, LookupError, OSError, OverflowError, struct.error) as error:
             raise ModelError(
-                f"{path} is no whole GGUF file of this machine ({error}); get it again."
+                f"{path} is no whole GGUF file of this machine ({reason(error)}); get it again."
             ) from error
         _require_readable(path, places)
         self._places = places

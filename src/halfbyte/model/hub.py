@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from halfbyte.errors import ModelError
 from halfbyte.model.disk import require_space
+from halfbyte.model.wording import reason
 
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
 _WEIGHTS = ("*.safetensors",)
@@ -117,13 +117,13 @@ def _weights(name: str, sizes: dict[str, int], everything: list[str]) -> list[st
             f"{name} holds {len(ggufs)} GGUF files: download one of them and name that file."
         )
     pickled = [file for file in everything if file.endswith((".bin", ".pt", ".pth"))]
-    reason = (
+    why = (
         f"are pickled ({pickled[0]}), which can run code when read"
         if pickled
         else "are in none of the formats that are read"
     )
     raise ModelError(
-        f"the weights of {name} {reason}; halfbyte reads only safetensors and GGUF, so choose a "
+        f"the weights of {name} {why}; halfbyte reads only safetensors and GGUF, so choose a "
         "copy in one of those."
     )
 
@@ -161,16 +161,11 @@ def _one_sentence(name: str) -> Iterator[None]:
             "that this log-in may see: check the name."
         ) from error
     except errors.HfHubHTTPError as error:
-        raise ModelError(f"the hub does not give {name}: {_line(error)}.") from error
+        raise ModelError(f"the hub does not give {name}: {reason(error)}.") from error
     except _no_network() as error:
         raise ModelError(
-            f"the connection to the hub failed while {name} was downloaded ({_line(error)}): start "
-            "again, and it goes on where it stopped."
+            f"the connection to the hub failed while {name} was downloaded ({reason(error)}): "
+            "start again, and it goes on where it stopped."
         ) from error
     except OSError as error:
-        raise ModelError(f"{name} could not be kept on this disk: {_line(error)}.") from error
-
-
-def _line(error: Any) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+        raise ModelError(f"{name} could not be kept on this disk: {reason(error)}.") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from halfbyte.errors import ModelError
 from halfbyte.model.skeleton import build_skeleton, make_buffers, quantized_linears
 from halfbyte.model.source import ModelSource
+from halfbyte.model.wording import some
 from halfbyte.quant.linear import QLoRALinear
 from halfbyte.quant.nf4 import quantize_nf4
 from halfbyte.recipe.schema import QuantizationRecipe
@@ -50,6 +51,7 @@ def load_base(
     """
     model = build_skeleton(source.config, source.name)
     linears = quantized_linears(model)
+    _untie_what_differs(model, source)
     _require_complete(model, source)
     parameters = sum(p.numel() for p in model.parameters())
     before = after = 0
@@ -72,6 +74,26 @@ def load_base(
     make_buffers(model, device)
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     return LoadedBase(model, parameters, before, after, sum(kept.values()), len(linears))
+
+
+def _untie_what_differs(model: Any, source: ModelSource) -> None:
+    """Where a checkpoint holds a head of its own, a configuration that ties it is wrong.
+
+    transformers decides the same way when it loads.
+    """
+    there = set(source.names())
+    named: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in there:
+            named.setdefault(id(parameter), []).append(name)
+    for first, *others in named.values():
+        for name in others:
+            if torch.equal(source.read(first), source.read(name)):
+                continue
+            owner, _, leaf = name.rpartition(".")
+            shape = model.get_parameter(name)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty_like(shape)))
+            model.config.tie_word_embeddings = False
 
 
 def _fill_rest(model: Any, source: ModelSource, device: str, dtype: torch.dtype) -> None:
@@ -131,7 +153,7 @@ def _require_complete(model: Any, source: ModelSource) -> None:
     missing = _not_ignored(missing, model._keys_to_ignore_on_load_missing)
     if missing:
         raise ModelError(
-            f"the weights of {source.name} lack {_some(missing)}, which {type(model).__name__} "
+            f"the weights of {source.name} lack {some(missing)}, which {type(model).__name__} "
             "needs: they are not this model's, or not all of them."
         )
     # Old checkpoints hold buffers that are computed today.
@@ -140,7 +162,7 @@ def _require_complete(model: Any, source: ModelSource) -> None:
     unexpected = _not_ignored(sorted(there - set(state)), ignored)
     if unexpected:
         raise ModelError(
-            f"the weights of {source.name} hold {_some(unexpected)}, which {type(model).__name__} "
+            f"the weights of {source.name} hold {some(unexpected)}, which {type(model).__name__} "
             "has no place for: they are not this model's."
         )
 
@@ -148,8 +170,3 @@ def _require_complete(model: Any, source: ModelSource) -> None:
 def _not_ignored(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
     patterns = list(patterns or [])
     return [n for n in names if not any(re.search(pattern, n) for pattern in patterns)]
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ModelError
 from halfbyte.model.names import parameter_names
+from halfbyte.model.wording import reason, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class SafetensorsFiles:
             lost = [n for n, shard in wanted.items() if there.get(n) != folder / shard]
             if lost:
                 raise ModelError(
-                    f"{folder / INDEX} lists {_some(lost)}, which the shards do not hold; "
+                    f"{folder / INDEX} lists {some(lost)}, which the shards do not hold; "
                     "get the model's files again."
                 )
             return cls(there)
@@ -74,7 +74,7 @@ class SafetensorsFiles:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, TypeError, KeyError) as error:
-            raise ModelError(f"tensor {name} of {path} cannot be read: {error}.") from error
+            raise ModelError(f"tensor {name} of {path} cannot be read: {reason(error)}.") from error
 
 
 def _header_names(path: Path) -> list[str]:
@@ -89,7 +89,7 @@ def _header_names(path: Path) -> list[str]:
         ) from error
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is damaged or was cut off ({error}); get the model's files again."
+            f"{path} is damaged or was cut off ({reason(error)}); get the model's files again."
         ) from error
 
 
@@ -114,15 +114,8 @@ def _why_none(folder: Path) -> str:
     )
     if pickled:
         return (
-            f"the weights in {folder} are pickled ({_some(pickled)}), which can run code when "
+            f"the weights in {folder} are pickled ({some(pickled)}), which can run code when "
             "read; halfbyte reads only safetensors and GGUF, so take a copy of the model in one "
             "of those."
         )
     return f"{folder} holds no {SINGLE}, no {INDEX} and no GGUF file: name a model's folder."
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of ``names`` and how many more there are."""
-    names = list(names)
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

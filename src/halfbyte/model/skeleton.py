@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from halfbyte.errors import ModelError
-
-# What stands in a buffer before it is computed, by whether it is floating point.
-_UNSET = {True: float("nan"), False: -77}
+from halfbyte.model.wording import reason
 
 
 def build_skeleton(config: Any, name: str) -> Any:
@@ -28,9 +26,9 @@ def build_skeleton(config: Any, name: str) -> Any:
                 type(config).from_dict(config.to_dict()), trust_remote_code=False
             )
     except Exception as error:  # whatever a wrong figure in the configuration leads to
-        raise ModelError(f"no model can be built from the configuration of {name}: {error}") from (
-            error
-        )
+        raise ModelError(
+            f"no model can be built from the configuration of {name}: {reason(error)}."
+        ) from (error)
     _require_linear(model, name)
     return model.eval()
 
@@ -57,12 +55,13 @@ def make_buffers(model: Any, device: str) -> None:
         tensor._is_hf_initialized = True
     for name in made:
         owner, _, leaf = name.rpartition(".")
-        value = torch.empty_like(model.get_buffer(name), device=device)
-        setattr(model.get_submodule(owner), leaf, value.fill_(_UNSET[value.is_floating_point()]))
+        value = torch.zeros_like(model.get_buffer(name), device=device)
+        if value.is_floating_point():
+            value.fill_(torch.nan)  # and none may be left below
+        setattr(model.get_submodule(owner), leaf, value)
     model.initialize_weights()
     for name in made:
-        buffer = model.get_buffer(name)
-        if (buffer.isnan() if buffer.is_floating_point() else buffer == _UNSET[False]).any():
+        if model.get_buffer(name).isnan().any():
             raise ModelError(
                 f"{type(model).__name__} does not compute its buffer {name} when it is loaded, so "
                 "it cannot be used; choose another model."

@@ -90,8 +90,8 @@ def _open_hub_model(name: str, revision: str | None) -> ModelSource:
     found = find_hub_model(name, revision)
     if not found.gguf:
         # Gigabytes are fetched only for a model that can be used.
-        read_config(found.folder, name)
-        load_tokenizer(found.folder, name)
+        config = read_config(found.folder, name)
+        load_tokenizer(found.folder, name, config.model_type)
     found.fetch_weights()
     return _open_folder(found.folder, name)
 
@@ -102,7 +102,7 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         return _open_gguf(ggufs[0], name)
     config = read_config(folder, name)
     checkpoint = SafetensorsFiles.of_folder(folder)
-    tokenizer = load_tokenizer(folder, name)
+    tokenizer = load_tokenizer(folder, name, config.model_type)
     return ModelSource(
         name=name,
         config=config,

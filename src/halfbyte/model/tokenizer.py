@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError
+from halfbyte.model.sentencepiece_file import FILE, sentencepiece_tokenizer
+from halfbyte.model.wording import reason
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
+def load_tokenizer(folder: Path, name: str, model_type: str) -> Any:
     """The fast tokenizer in ``folder``; a padding token is not needed, as nothing is padded.
 
     Raises ModelError where there is none, or where it is not a fast one (label positions follow
@@ -16,10 +18,12 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if (folder / FILE).exists() and not (folder / "tokenizer.json").exists():
+        return require_usable(sentencepiece_tokenizer(folder, name, model_type), name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, each about the files' content
-        raise ModelError(f"the tokenizer of {name} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"the tokenizer of {name} cannot be read: {reason(error)}.") from error
     return require_usable(tokenizer, name)
 
 
@@ -31,7 +35,7 @@ def load_gguf_tokenizer(path: Path, name: str) -> Any:
         # AutoTokenizer gives the same, after reading the file's header twice (3 s more).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:  # transformers raises many kinds, each about the file's content
-        raise ModelError(f"the tokenizer in {path} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"the tokenizer in {path} cannot be read: {reason(error)}.") from error
     return require_usable(tokenizer, name)
 
 
@@ -48,8 +52,3 @@ def require_usable(tokenizer: Any, name: str) -> Any:
             "eos_token in its tokenizer_config.json."
         )
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
