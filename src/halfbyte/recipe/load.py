@@ -63,8 +63,10 @@ def _validated(tree: Tree, name: str) -> Recipe:
         key = {"model": "model.name", "data": "data.path"}.get(key, key)
         description = settings()[key].description.rstrip(".")
         raise RecipeError(f"{name}: {key} is missing. It is needed: {_lower(description)}.")
-    first = min(wrong, key=lambda p: tree.order(_path(tree, p)))
-    path = _path(tree, first)
+    # Of what is said of one setting, what is said of an item in it is the most exact.
+    paths = [_path(tree, problem) for problem in wrong]
+    at = min(range(len(wrong)), key=lambda i: (tree.order(_setting(paths[i])), -len(paths[i])))
+    path, first = paths[at], wrong[at]
     raise RecipeError(f"{tree.place(path) or name}: {wrong_value(path, first)}")
 
 
@@ -80,6 +82,10 @@ def _path(tree: Tree, problem: Any) -> KeyPath:
             value = value[part]
             path = (*path, part)
     return path
+
+
+def _setting(path: KeyPath) -> KeyPath:
+    return tuple(part for part in path if isinstance(part, str))
 
 
 def _fill_empty_sections(tree: Tree) -> None:

@@ -164,10 +164,20 @@ class TrainingRecipe(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | Auto = Field(
         default="auto", description="Steps of linear rise; auto is 3 % of all and at least 5."
     )
-    optimizer: Optimizer = Field(default="paged_adamw_8bit", description="The optimizer.")
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Adam's β₁.")
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.999, description="Adam's β₂.")
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="Adam's ε.")
+    optimizer: Optimizer = Field(
+        default="paged_adamw_8bit",
+        description="AdamW, its moments in fp32 (`adamw`) or in bitsandbytes' 8 bits. The paged "
+        "one is the same where its state is small enough to stay on the device, as here.",
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Adam's β₁: how slowly its mean of the gradients moves."
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.999, description="Adam's β₂: how slowly its mean of their squares moves."
+    )
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="Adam's ε, added to the root."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Decoupled weight decay."
     )

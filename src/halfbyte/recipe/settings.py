@@ -122,7 +122,7 @@ def _words(part: dict[str, Any]) -> list[str]:
         case "array":
             return ["a list of whole numbers" if _of_numbers(part) else "a list of names"]
         case _:
-            return ["text"]
+            return ["text that is not empty" if part.get("minLength") else "text"]
 
 
 def _of_numbers(part: dict[str, Any]) -> bool:

@@ -109,7 +109,7 @@ def read_tree(text: str, name: str) -> Tree:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(
-            f"{name}, line {line}: the character {error.character!r} may not stand in YAML; "
+            f"{name}, line {line}: the character {_character(error)!r} may not stand in YAML; "
             "remove it."
         ) from None
     except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF"
@@ -135,6 +135,10 @@ def _yaml_sentence(error: yaml.MarkedYAMLError, text: str, name: str) -> str:
     elif "YAML alias" in problem or "nested too deep" in problem:
         return f"{name}, line {line}: {problem}."
     return f"{name}, line {line}: not valid YAML: {problem}."
+
+
+def _character(error: Any) -> str:
+    return chr(error.character) if isinstance(error.character, int) else str(error.character)
 
 
 class _Reading:
