@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llama_tokenizer import llama_tokenizer
 from transformers import AutoTokenizer
 
 from halfbyte.data.template import Template, make_template
@@ -16,6 +15,7 @@ from halfbyte.data.text_template import parse_format
 from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import DataRecipe
+from llama_tokenizer import llama_tokenizer
 
 CHATDOCTOR = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### output:\n{output}"
 DOCTOR = "If you are a doctor, please answer the medical questions."
@@ -76,7 +76,20 @@ def rendered(
 # Line ends and the formats' own words, so that a question may look as if it had an input.
 texts = st.lists(
     st.sampled_from(
-        ["Say", " it", "\n", "\n\n", "### Input:\n", "\nQuestion: ", "é", "{", "'", '"', "\\n", "字"]
+        [
+            "Say",
+            " it",
+            "\n",
+            "\n\n",
+            "### Input:\n",
+            "\nQuestion: ",
+            "é",
+            "{",
+            "'",
+            '"',
+            "\\n",
+            "字",
+        ]
     ),
     max_size=7,
 ).map(lambda pieces: "".join(pieces).strip())
@@ -254,7 +267,9 @@ def test_what_does_not_fit_the_template_is_an_error(tiny_model: Path) -> None:
         "{% for m in messages %}{{ m['content'] }};{% endfor %}"
         "{% if add_generation_prompt %}<think>{% endif %}"
     )
-    with pytest.raises(DataError, match=r"otherwise once its answer follows \('<think>' becomes 'H"):
+    with pytest.raises(
+        DataError, match=r"otherwise once its answer follows \('<think>' becomes 'H"
+    ):
         template_of(tokenizer, "chat").segments(row, learn_all=False)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="the model has no chat template"):

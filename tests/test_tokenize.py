@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llama_tokenizer import llama_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -22,12 +21,28 @@ from halfbyte.data.prepare import prepare
 from halfbyte.data.tokenize import cut, leading_ids, tokenize_rows
 from halfbyte.errors import DataError
 from halfbyte.recipe import Recipe
+from llama_tokenizer import llama_tokenizer
 
 CHATDOCTOR = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### output:\n{output}"
 
 # Pieces that meet at borders in awkward ways: spaces, line ends, marks that combine, characters
 # of two to four bytes, special tokens.
-PIECES = ["", " ", "  ", "\n", "\n\n", " a", "a ", "number", "é", "e\u0301", "ﬁ", "字", "😀", "👩‍🚀"]
+PIECES = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    " a",
+    "a ",
+    "number",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "字",
+    "😀",
+    "👩‍🚀",
+]
 SPECIAL = ["<|im_end|>", "</s>", "<s>"]
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 texts = st.lists(st.one_of(st.sampled_from(PIECES + SPECIAL), st.text(max_size=6))).map("".join)
@@ -179,7 +194,11 @@ def trl_rows(tokenizer: Any, examples: list[dict[str, str]], folder: Path, max_l
     trainer = SFTTrainer(
         model=LlamaForCausalLM(config),
         args=SFTConfig(
-            output_dir=str(folder), max_length=max_length, report_to="none", use_cpu=True, bf16=False
+            output_dir=str(folder),
+            max_length=max_length,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
         ),
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from halfbyte.data.batch import Segment, TokenizedRow
-from halfbyte.data.tokenize import leading_ids
+from halfbyte.data.tokenize import leading_ids, tokenize_rows
 
 PERCENTILES = (0, 50, 90, 99, 100)
 
 # From these shares of the rows on, the user is told.
 MANY_SHORTENED = 0.05
 MANY_EQUAL = 0.05
+MANY_CROSSED = 0.05
 
 
 def percentile(lengths: Sequence[int], percent: float) -> int:
@@ -113,6 +114,33 @@ def warnings_of(
             )
     found += _special_tokens_in(rows, tokenizer)
     return found
+
+
+def border_warning(
+    tokenizer: Any, prompts: Sequence[str], tokenized: Sequence[TokenizedRow]
+) -> list[str]:
+    """Whether prompts, tokenized alone as they are after training, begin their rows.
+
+    They do not where the prompt's last characters and the answer's first make one token: the
+    answer would have to begin with a token that was never trained there. ``tokenized`` are the
+    rows of ``prompts``.
+    """
+    alone = tokenize_rows(
+        tokenizer, [[Segment(prompt, False)] for prompt in prompts], range(len(prompts))
+    )
+    crossed = sum(
+        prompt.input_ids.tolist() != row.input_ids[: len(prompt)].tolist()
+        for prompt, row in zip(alone, tokenized, strict=True)
+        if len(prompt) < len(row)
+    )
+    if crossed < max(1, MANY_CROSSED * len(prompts)):
+        return []
+    return [
+        f"in {crossed:,} of {len(prompts):,} rows looked at the end of the prompt and the start of "
+        "the answer make one token, so that what is prompted later is not what was trained; end "
+        "the text before {output} in data.template with a line break rather than a space, and "
+        "have answers start without one."
+    ]
 
 
 def _duplicates(rows: Sequence[Mapping[str, str]]) -> int:

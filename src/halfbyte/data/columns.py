@@ -109,7 +109,7 @@ def guess_columns(
     by_content = output is None
     if output is None:
         output = _longest(names, rows, taken=[])
-        if output is None or len(_texts(names, rows)) < 2:
+        if output is None or len(_texts(names, rows)) < 2 or _conversation(names):
             raise DataError(_no_columns(names))
         reason["output"] = "its texts are the longest"
         instruction, input = (None if c == output else c for c in (instruction, input))
@@ -243,8 +243,12 @@ def _longest(
     return max(lengths, key=lambda name: lengths[name]) if lengths else None
 
 
+def _conversation(names: Sequence[str]) -> str | None:
+    return next((name for name in names if _plain(name) in CONVERSATION_NAMES), None)
+
+
 def _no_columns(names: Sequence[str]) -> str:
-    conversation = next((name for name in names if _plain(name) in CONVERSATION_NAMES), None)
+    conversation = _conversation(names)
     if conversation is not None:
         return (
             f"the column {conversation} holds whole conversations, which are not read yet; give "

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.data.audit import length_percentiles, percentile, sample_of, warnings_of
+from halfbyte.data.audit import (
+    border_warning,
+    length_percentiles,
+    percentile,
+    sample_of,
+    warnings_of,
+)
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.split import choose_held_out, read_split
 from halfbyte.data.template import Template, make_template
@@ -23,6 +29,7 @@ EMPTY_ANSWER = "empty answer"
 NOTHING_LEFT = "nothing to learn after cutting"
 
 SHORTEST = 8  # the least that data.max_length takes
+LOOKED_AT = 100  # rows whose prompts are also tokenized alone
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,10 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
         max_length=max_length,
         reads=template.reads,
     )
+    some = train_rows[:LOOKED_AT]
+    warnings += border_warning(
+        tokenizer, [template.prompt(row) for row in some], train[: len(some)]
+    )
     if max_length > model_max_length:
         warnings.append(
             f"data.max_length is {max_length:,} tokens and the model was made for "
@@ -146,6 +157,6 @@ def _no_rows(data: DataRecipe, dropped: Counter[str], max_length: int) -> str:
     else:
         todo = f"raise data.max_length, which is {max_length:,} tokens"
     return (
-        f"{data.path} leaves no row to train: of {count:,} rows dropped {number:,} have "
+        f"{data.path} leaves no row to train: {number:,} of {count:,} rows have "
         f"{'an ' if reason == EMPTY_ANSWER else ''}{reason}; {todo}."
     )

@@ -132,14 +132,15 @@ def _told_delimiter(line: str) -> str | None:
 
 def _lines(start: str, file: io.TextIOBase | Iterator[str]) -> Iterator[str]:
     """The lines of what was read already and of what was not."""
-    last = ""
-    for line in io.StringIO(start, newline=""):
-        if last:
-            yield last
-        last = line
+    lines = list(io.StringIO(start, newline=""))
     following = iter(file)
-    if last:
-        yield last + (next(following, "") if not last.endswith("\n") else "")
+    yield from lines[:-1]
+    if lines:
+        last, rest = lines[-1], "" if lines[-1].endswith("\n") else next(following, "")
+        if last.endswith("\r") and rest != "\n":
+            yield from (last, rest)
+        else:
+            yield last + rest
     yield from following
 
 
