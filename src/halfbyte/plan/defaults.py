@@ -54,7 +54,7 @@ def steps_per_epoch(rows: int, rows_per_step: int) -> int:
 
 
 def steps(per_epoch: int, passes: float) -> int:
-    """Steps of ``passes`` epochs, rounded up; 1.1 epochs of 10 steps are 11, not 12."""
+    """Steps of ``passes`` epochs, rounded up; 0.07 epochs of 100 steps are 7, not 8."""
     return max(1, math.ceil(Fraction(str(passes)) * per_epoch))
 
 
