@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from halfbyte.errors import ModelError
+from halfbyte.events.types import Choice, Warned
 from halfbyte.plan import defaults
 from halfbyte.plan.device import Device
 from halfbyte.plan.explain import explain
@@ -95,7 +96,8 @@ def resolved(
     )
     assert again.recipe == found.recipe
     assert (again.steps, again.keep_copy) == (found.steps, found.keep_copy)
-    assert not [c for c in again.choices if c.key not in ("keep_copy", "training.max_steps")]
+    told = {choice.key for choice in again.choices}
+    assert told <= {"keep_copy", "training.max_steps", "report.loss_at_steps"}
     for choice in found.choices:
         assert choice.reason
         assert choice.reason[-1] != "."
@@ -430,8 +432,8 @@ def test_steps_cover_the_rows_once_an_epoch(
 
 def test_a_recipe_is_explained_before_anything_is_read() -> None:
     asked = recipe_of("training: {epochs: 2}\n")
-    effective, choices = explain(asked, T4)
-    said = {choice.key: choice for choice in choices}
+    effective, events = explain(asked, T4)
+    said = {event.key: event for event in events if isinstance(event, Choice)}
     assert (effective.precision, effective.device, effective.lora.lora_alpha) == (
         "fp16",
         "cuda",
@@ -445,3 +447,7 @@ def test_a_recipe_is_explained_before_anything_is_read() -> None:
     assert "training.epochs" not in said
     assert asked == recipe_of("training: {epochs: 2}\n")  # and is not changed by it
     assert explain(asked)[0].device in ("cpu", "cuda")
+    assert not [event for event in events if isinstance(event, Warned)]
+    _, events = explain(recipe_of("precision: bf16\n"), T4)
+    (warning,) = [event for event in events if isinstance(event, Warned)]
+    assert "--set precision=auto, which is fp16 here." in warning.text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from halfbyte.events.types import Choice
+from halfbyte.events.types import Choice, Event, Warned
 from halfbyte.plan import defaults
 from halfbyte.plan.device import Device, find_device
-from halfbyte.plan.resolve import Decisions, decide_device
+from halfbyte.plan.precision import precision_warning
+from halfbyte.plan.resolve import LOSS_AT_STEPS, Decisions, decide_device
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.settings import get, settings
 
@@ -20,18 +21,20 @@ _WAITS = {
     "training.batch_size": "by memory and time: " + _BOTH,
     "training.gradient_accumulation": "16 rows a step: " + _BOTH,
     "training.gradient_checkpointing": "by memory: " + _BOTH,
-    "report.loss_at_steps": "eight, spread over the steps that were made",
+    "report.loss_at_steps": LOSS_AT_STEPS,
 }
 
 
-def explain(recipe: Recipe, device: Device | None = None) -> tuple[Recipe, list[Choice]]:
-    """``recipe`` as far as ``device`` (by default this machine's) decides it, and the reasons.
+def explain(recipe: Recipe, device: Device | None = None) -> tuple[Recipe, list[Event]]:
+    """``recipe`` as far as ``device`` (by default this machine's) decides it, with the reasons.
 
+    The events are a Choice for each setting that has a reason, and what is to be warned of.
     A setting that waits for the model or the rows stays "auto", and its Choice says for what.
     Nothing is read but the machine. Raises DeviceError where a GPU is stated and there is none.
     """
+    device = device or find_device(recipe.device)
     decided = Decisions.of(recipe)
-    decide_device(decided, device or find_device(recipe.device))
+    decide_device(decided, device)
     decided.tell_defaults()
     decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora.r))
     for key in settings():
@@ -47,4 +50,5 @@ def explain(recipe: Recipe, device: Device | None = None) -> tuple[Recipe, list[
                 + _MODEL.removeprefix("decided "),
             )
         )
-    return decided.recipe, decided.choices
+    warning = None if recipe.precision == "auto" else precision_warning(recipe.precision, device)
+    return decided.recipe, [*decided.choices, *([Warned(warning)] if warning else [])]

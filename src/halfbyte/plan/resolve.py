@@ -31,6 +31,7 @@ from halfbyte.recipe.settings import get, is_stated
 
 # bitsandbytes pages the state of a parameter of at least so many elements.
 PAGED_FROM = 100_000
+LOSS_AT_STEPS = "eight, spread over the steps that were made"
 
 
 @dataclass(frozen=True)
@@ -310,3 +311,5 @@ def _decide_watch(decided: Decisions, total: int, held_out: int) -> None:
     every = int(recipe.evaluation.every_steps)
     decided.auto("evaluation.keep", lambda: defaults.keep(held_out, every))
     decided.auto("checkpoints.every_steps", lambda: defaults.checkpoint_every(total, every))
+    if decided.is_open("report.loss_at_steps"):  # stays open: a run may be interrupted
+        decided.choices.append(Choice("report.loss_at_steps", "auto", "auto", LOSS_AT_STEPS))
