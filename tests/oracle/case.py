@@ -132,6 +132,15 @@ def random_adapter(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     }
 
 
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """PEFT's adapter matrices under halfbyte's names."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
 @dataclass
 class Trace:
     """What a run leaves for the comparison.

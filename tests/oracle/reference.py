@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from oracle.case import Case, Trace, make_rows
+from oracle.case import Case, Trace, adapter_parameters, make_rows
 
 
 class _Recorder(SFTTrainer):
@@ -29,15 +29,6 @@ class _Recorder(SFTTrainer):
         if step == 0:  # the last micro-batch leaves the sum; clipping comes after it
             self.first = {n: p.grad.clone() for n, p in adapter_parameters(self.model).items()}
         return loss
-
-
-def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """PEFT's adapter matrices under halfbyte's names."""
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name
-    }
 
 
 def train_reference(folder: Path, case: Case, adapter: dict[str, Tensor], workplace: Path) -> Trace:

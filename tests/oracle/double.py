@@ -1,0 +1,45 @@
+"""The same model as a plain one in fp64: PEFT's adapter on dequantized weights, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.model.causal import QLoRAModel
+from oracle.case import Case, adapter_parameters
+
+
+def double_model(folder: Path, case: Case, model: QLoRAModel) -> Any:
+    """A PEFT model in fp64 with the weights that ``model`` computes with."""
+    network = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    )
+    for name, layer in model.linears.items():
+        network.get_submodule(name).weight.data = layer.weight_dense().double()
+    peft = get_peft_model(
+        network,
+        LoraConfig(r=case.r, lora_alpha=case.lora_alpha, target_modules="all-linear"),
+        autocast_adapter_dtype=False,
+    )
+    for name, parameter in adapter_parameters(peft).items():
+        parameter.data = model.lora_parameters()[name].detach().double()
+    return peft
+
+
+def mean_loss(peft: Any, rows: Sequence[TokenizedRow]) -> Tensor:
+    """The mean over all labelled tokens of ``rows``, each row in a forward pass of its own."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        ids = torch.from_numpy(row.input_ids).long()
+        labels = ids.masked_fill(~torch.from_numpy(row.loss_mask), -100)[1:]
+        logits = peft(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels != -100).sum())
+    return total / count
