@@ -14,9 +14,10 @@ from markdown_it import MarkdownIt
 
 import run_records
 from halfbyte.errors import RunError
-from halfbyte.events.types import Evaluated
+from halfbyte.events.types import Choice, Evaluated
 from halfbyte.report import ReportFiles, make_report
 from halfbyte.report.result import five_sentences, limits
+from halfbyte.report.settings import Setting, settings
 from halfbyte.report.story import read_story
 from page_reader import read_page
 from run_records import write_run
@@ -188,8 +189,10 @@ def test_page_one_says_what_the_records_say(usual: ReportFiles) -> None:
     head = page.text.split("Contents")[0]
     for prompt in [answer[1] for answer in run_records.ANSWERS]:
         assert prompt in head
-    for row in run_records.ANSWERS[1:]:
-        assert all(text in head for text in row[2:])
+    for row in run_records.ANSWERS:
+        assert row[2][:100] in head  # the base's is long, and cut
+        assert row[3] in head
+        assert row[4] in head
     assert run_records.ANSWERS[0][2] not in head  # too long for page one
     assert run_records.ANSWERS[0][2] in page.text
     assert "1.45 Wh" in head  # 5,210 J
@@ -236,7 +239,12 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "harm",
         WORSE,
-        ["higher than the 2.7041", "did harm", "did not lower it from there", "what failed:"],
+        [
+            "higher than the 2.7041",
+            "did harm",
+            "did not lower it from there",
+            "what does not hold:",
+        ],
         ["helped", "more than that cost"],
     ),
     (
@@ -301,7 +309,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "not a number",
         {"adapter_at_end": float("nan")},
-        ["is not a number, so this adapter is of no use", "chosen blindly", "what failed:"],
+        ["is not a number, so this adapter is of no use", "chosen blindly", "what does not hold:"],
         ["helped", "the lowest of"],
     ),
 ]
@@ -345,6 +353,37 @@ def test_a_run_in_any_state_has_a_report(tmp_path: Path, options: dict[str, Any]
     assert sorted(path.name for path in files.plots) == drawn
     assert markdown.count("<img") == len(drawn)
     assert all((tmp_path / "plots" / name).exists() for name in drawn)
+
+
+def test_one_instruction_for_all_rows_is_left_out_on_page_one(tmp_path: Path) -> None:
+    """Else the prompts would be cut before anything that tells them apart."""
+    instruction = "If you keep the harbour, answer by the rules. " * 5
+    answers = [
+        (row, f"{instruction}\n\nShip {row} asks for a berth.", "no", "yes", "yes")
+        for row in (4, 9, 16)
+    ]
+    page = read_page(make_report(write_run(tmp_path, answers=answers)).html)
+    head, rest = page.text.split("Contents", 1)
+    for row in (4, 9, 16):
+        assert f"Ship {row} asks for a berth." in head
+        assert f"{instruction}\n\nShip {row} asks" in rest
+    assert "If you keep" not in head
+
+
+def test_settings_that_the_data_decided(tmp_path: Path) -> None:
+    """A column that was found by its name, and a data file that lay beside the recipe."""
+    recipe = run_records.EFFECTIVE.replace("    output: answer\n", "").replace(
+        "path: rows/", "path: /srv/project/rows/"
+    )
+    found = Choice("data.columns.output", None, "answer", "the column is named so")
+    folder = write_run(tmp_path, effective=recipe, extra=[found], done=0, end="cut")
+    rows = {s.key: s for s in settings(read_story(folder))}
+    assert rows["data.columns.output"] == Setting(
+        "data.columns.output", "–", "answer", "the column is named so"
+    )
+    assert rows["data.path"].effective == "/srv/project/rows/harbour.jsonl"
+    assert rows["data.path"].reason == "as asked, where it was found"
+    assert rows["data.held_out"].reason == "as asked"
 
 
 def test_limits_name_the_gravest_first(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_what_cannot_be_shown_is_shown_as_such(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = make_report(write_run(tmp_path))
+    files = make_report(write_run(tmp_path, done=0, end="cut"))
     before = files.html.read_bytes()
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"kind": "warning", "time": 1.0, "text": "late"}\n')

@@ -89,7 +89,7 @@ def test_a_failure_is_seen(tmp_path: Path) -> None:
     [rows] = [t for t in page.tables if t[0][0] == "verdict"]
     assert [row[0] for row in rows[1:]].count("failed") == 1
     assert rows[-1][0] == "failed"
-    assert "8 of 9 checks passed; what failed: the saved adapter" in page.lists[0][4]
+    assert "8 of 9 checks passed; what does not hold: “the saved adapter" in page.lists[0][4]
 
 
 def test_kept_as_asked_though_not_the_best(tmp_path: Path) -> None:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
+# Letters of code that stand on one line of a table's cell.
+LONGEST_WHOLE = 36
+
+
 def to_html(document: Document, svgs: dict[str, str]) -> str:
     """The page; ``svgs`` holds the ``<svg>`` element of each plot by its name."""
     return _template("report.html.jinja").render(document=document, svgs=svgs)
@@ -42,12 +46,15 @@ def _environment() -> Environment:
         return Markup(svg.replace("<svg ", opened, 1))
 
     def breakable(text: str) -> Markup:
-        """Code that may be broken after a slash, a dot or an underscore, and so fits its cell."""
+        """Code that, where it is long, may be broken after a slash, a dot or an underscore."""
+        if len(text) < LONGEST_WHOLE:
+            return escape(clean(text))
         return Markup(re.sub(r"([/_.\\])(?=\w)", r"\1<wbr>", str(escape(clean(text)))))
 
     environment.filters["drawing"] = drawing
     environment.filters["breakable"] = breakable
     environment.tests["code"] = lambda value: isinstance(value, Code)
+    environment.globals["longest_whole"] = LONGEST_WHOLE
     environment.globals["style"] = Markup(_source(environment, "report.css"))
     return environment
 

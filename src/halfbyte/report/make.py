@@ -61,10 +61,11 @@ def make_report(folder: Path, *, pdf: bool = False) -> ReportFiles:
 def report_document(story: Story) -> Document:
     """The report of one run, before it is Markdown or HTML."""
     when = [] if story.begin is None else [figures.moment(story.begin)]
+    author = f"by {story.recipe.author}" if story.recipe.author else "author not stated"
     return Document(
         title=story.title,
         kicker="Fine-tuning report",
-        facts=[f"by {story.recipe.author or '(no author stated)'}", *when, f"run {story.name}"],
+        facts=[author, *when, f"run {story.name}"],
         state=state(story),
         objective=objective(story),
         page_one=page_one(story),

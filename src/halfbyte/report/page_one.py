@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 from halfbyte.report import figures
 from halfbyte.report.blocks import (
@@ -16,12 +17,12 @@ from halfbyte.report.blocks import (
     Shown,
     Tiles,
 )
-from halfbyte.report.result import five_sentences, limits, surprised_by
+from halfbyte.report.result import five_sentences, limits
 from halfbyte.report.story import Answer, Story
 
 SHOWN_ANSWERS = 3
 # How much of a prompt and of an answer page one shows; the rest is in the results.
-LONGEST_PROMPT, LONGEST_ANSWER, MOST_LINES = 150, 210, 6
+LONGEST_PROMPT, LONGEST_ANSWER, MOST_LINES = 150, 150, 5
 
 
 def page_one(story: Story) -> list[Section]:
@@ -44,9 +45,9 @@ def state(story: Story) -> str:
 
 
 def cut(text: str, longest: int) -> str:
-    """``text``, or as many of its lines and words as fit, with dots."""
-    text = text.strip()
-    head = "\n".join(text.splitlines()[:MOST_LINES])
+    """``text`` without its empty lines, or as many of its lines and words as fit, with dots."""
+    lines = [line.rstrip() for line in text.strip().splitlines() if line.strip()]
+    text, head = "\n".join(lines), "\n".join(lines[:MOST_LINES])
     if len(head) > longest:
         head = head[:longest]
         at = head.rfind(" ")
@@ -54,29 +55,55 @@ def cut(text: str, longest: int) -> str:
     return text if len(head) >= len(text) else f"{head.rstrip()} …"
 
 
-def shown(answer: Answer, *, whole: bool = False) -> Shown:
-    """An answer as page one shows it, or ``whole``."""
+def shown_in_full(answers: Sequence[Answer]) -> list[Shown]:
+    """Prompts and answers letter by letter."""
+    return [_shown(a, a.prompt.strip(), lambda text: text.strip()) for a in answers]
 
-    def fit(text: str, longest: int) -> str:
-        return text.strip() if whole else cut(text, longest)
 
+def shown_short(answers: Sequence[Answer]) -> list[Shown]:
+    """Prompts and answers as page one has room for them.
+
+    What all prompts begin with, such as one instruction for all rows, tells them not apart.
+    """
+    same = _common_beginning([a.prompt.strip() for a in answers])
+    return [
+        _shown(
+            a,
+            cut(" ".join(a.prompt.strip()[same:].split()), LONGEST_PROMPT),
+            lambda text: cut(text, LONGEST_ANSWER),
+        )
+        for a in answers
+    ]
+
+
+def is_cut(story: Story) -> bool:
+    """Whether page one leaves out anything of the held-out prompts and answers."""
+    return shown_short(story.answers[:SHOWN_ANSWERS]) != shown_in_full(story.answers)
+
+
+def _shown(answer: Answer, prompt: str, fit: Callable[[str], str]) -> Shown:
     def given(text: str | None) -> str:
-        if text is None:
-            return "(not asked)"
-        return fit(text, LONGEST_ANSWER) or "(empty)"
+        return "(not asked)" if text is None else fit(text) or "(empty)"
 
     return Shown(
         f"Held-out row {figures.count(answer.row)}",
-        fit(answer.prompt, LONGEST_PROMPT),
+        prompt or "(empty)",
         given(answer.before),
         given(answer.after),
         given(answer.reference),
     )
 
 
-def is_cut(answer: Answer) -> bool:
-    """Whether page one leaves out a part of it."""
-    return shown(answer) != shown(answer, whole=True)
+def _common_beginning(prompts: list[str]) -> int:
+    """Letters of the paragraphs that all of ``prompts`` begin with; 0 unless something follows."""
+    first, mark = prompts[0], "\n\n"
+    same = 0
+    while len(prompts) > 1 and (end := first.find(mark, same)) >= 0:
+        beginning = first[: end + len(mark)]
+        if not all(p.startswith(beginning) and len(p) > len(beginning) for p in prompts):
+            break
+        same = len(beginning)
+    return same
 
 
 def _held_out(story: Story) -> list[Block]:
@@ -104,14 +131,9 @@ def _held_out(story: Story) -> list[Block]:
     if measured is not None:
         over = (
             f"Mean over {figures.many(measured.labels, 'token')} (pieces of words) of "
-            f"{figures.many(measured.rows, 'row')} that took no part in training. "
+            f"{figures.many(measured.rows, 'row')}; lower is better. "
         )
-    caption = (
-        f"{over}The loss says how much {surprised_by(story)} surprise"
-        f"{'s' if surprised_by(story).endswith('row') else ''} the model; lower is better. The "
-        "right-hand column says the same in other words: a loss of x is the uncertainty of a "
-        "choice among eˣ equally likely tokens."
-    )
+    caption = f"{over}A loss of x is the uncertainty of a choice among eˣ equally likely tokens."
     return [Bars(("model", "held-out loss", "as unsure as a choice among"), bars, caption)]
 
 
@@ -165,11 +187,8 @@ def _answers(story: Story) -> list[Block]:
             text = "None: no rows were held out, or the recipe asks for no prompts."
         return [Paragraph(text)]
     some = story.answers[:SHOWN_ANSWERS]
-    kept = "one prompt" if len(some) == 1 else f"{len(some)} prompts"
-    text = (
-        f"The same {kept} of held-out rows, drawn by the seed and not picked, answered by the "
-        "base model in 4 bits and by the adapter"
-    )
-    if len(story.answers) > len(some) or any(map(is_cut, some)):
+    kept = "One held-out prompt" if len(some) == 1 else f"{len(some)} held-out prompts"
+    text = f"{kept}, drawn by the seed and not picked"
+    if is_cut(story):
         text += "; all of them stand in full in the results"
-    return [Paragraph(text + "."), Answers([shown(a) for a in some])]
+    return [Paragraph(text + "."), Answers(shown_short(some))]

@@ -29,13 +29,6 @@ def five_sentences(story: Story) -> list[str]:
     ]
 
 
-def surprised_by(story: Story) -> str:
-    """What the loss is measured on, in the words of page one."""
-    if story.audit is not None and story.audit.loss_on == "all":
-        return "the true text of a row"
-    return "the true answers"
-
-
 def reference(story: Story) -> Evaluated | None:
     """What the adapter is measured against: the base or, where it was not measured, in 4 bits."""
     return story.base or story.quantized_base
@@ -147,9 +140,11 @@ def _held_out(story: Story) -> str:
     measured = story.adapter or against
     rows = figures.many(measured.rows, "held-out row") if measured else "held-out rows"
     which = "the adapter's" if story.kept else "the adapter's latest"
+    whole_row = story.audit is not None and story.audit.loss_on == "all"
+    surprise = "the text of a row surprises" if whole_row else "the true answers surprise"
     beginning = (
         f"On {rows}, which took no part in training, {which} held-out loss (how much "
-        f"{surprised_by(story)} still surprise{'s' if _one(story) else ''} it; lower is better) is "
+        f"{surprise} it; lower is better) is "
     )
     if not math.isfinite(loss):
         return f"{beginning}{figures.not_finite(loss)}, so this adapter is of no use."
@@ -270,7 +265,7 @@ def _price(story: Story) -> str:
     parts.append(checks)
     text = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
     if failed:
-        text += f"; what failed: {'; '.join(failed)}"
+        text += f"; what does not hold: {'; '.join(f'“{name}”' for name in failed)}"
     return text + "."
 
 
@@ -280,7 +275,3 @@ def data_name(story: Story) -> str:
     local = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
     known = source.lower().endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet"))
     return source.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] if local or known else source
-
-
-def _one(story: Story) -> bool:
-    return surprised_by(story) == "the true text of a row"

@@ -18,7 +18,7 @@ from halfbyte.report.blocks import (
     Table,
     Verbatim,
 )
-from halfbyte.report.page_one import SHOWN_ANSWERS, is_cut, shown
+from halfbyte.report.page_one import is_cut, shown_in_full
 from halfbyte.report.story import Story
 from halfbyte.report.techniques import key_techniques
 from halfbyte.report.verdicts import epoch_means
@@ -170,7 +170,11 @@ def _hyperparameters(story: Story) -> Table:
         ("base weights", quantization),
         ("precision", figures.setting(r.precision)),
         ("learning rate (peak)", figures.setting(t.learning_rate)),
-        ("schedule", f"{t.lr_scheduler}, {_warmup(t.warmup_steps)}"),
+        (
+            "schedule",
+            f"{t.lr_scheduler}{'' if t.lr_scheduler == 'constant' else ' to 0'}, "
+            f"{_warmup(t.warmup_steps)}",
+        ),
         ("optimizer", t.optimizer),
         ("Adam β₁, β₂, ε", f"{t.adam_beta1:g}, {t.adam_beta2:g}, {t.adam_epsilon:g}"),
         ("weight decay", figures.setting(t.weight_decay)),
@@ -194,7 +198,7 @@ def _hyperparameters(story: Story) -> Table:
 
 
 def _warmup(steps: int | str) -> str:
-    return "no warm-up" if steps == 0 else f"warm-up {steps} steps"
+    return "no warm-up" if steps == 0 else f"warm-up over {steps} steps"
 
 
 def _tokens(length: int | str) -> str:
@@ -226,10 +230,10 @@ def _results(story: Story) -> list[Block]:
             )
         )
     blocks += _evaluations(story)
-    if len(story.answers) > SHOWN_ANSWERS or any(map(is_cut, story.answers)):
+    if story.answers and is_cut(story):
         blocks += [
             Heading("Held-out prompts and answers in full"),
-            Answers([shown(a, whole=True) for a in story.answers]),
+            Answers(shown_in_full(story.answers)),
         ]
     return blocks
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from halfbyte.events.types import Choice
 from halfbyte.recipe.settings import settings as known_settings
 from halfbyte.report import figures
 from halfbyte.report.story import Story, flatten
 
 # What the recipe says about the run rather than to it; the report shows it elsewhere.
 WORDS = ("title", "author", "objective")
+
+
+# What may lie beside the recipe, and is then written as it was found.
+_PATHS = ("model.name", "data.path", "data.held_out_path")
 
 
 @dataclass(frozen=True)
@@ -29,25 +34,35 @@ def settings(story: Story) -> list[Setting]:
         Setting(
             key,
             _asked(story, key),
-            figures.setting(value),
+            figures.setting(_done(story, key, value)),
             _reason(story, key, value, key in typed),
         )
         for key, value in effective.items()
         if key not in WORDS
     ]
     rows += [
-        Setting(key, figures.setting(c.asked), figures.setting(c.value), c.reason)
+        Setting(key, _said(c), figures.setting(c.value), c.reason)
         for key, c in story.choices.items()
         if key not in effective
     ]
     return rows
 
 
+def _done(story: Story, key: str, value: Any) -> Any:
+    """A setting that the recipe leaves open even now, such as a column's name, as it was chosen."""
+    choice = story.choices.get(key)
+    return choice.value if choice is not None and value in (None, "auto") else value
+
+
 def _asked(story: Story, key: str) -> str:
     if key in story.asked:
         return figures.setting(story.asked[key])
     choice = story.choices.get(key)
-    return figures.NONE if choice is None else figures.setting(choice.asked)
+    return figures.NONE if choice is None else _said(choice)
+
+
+def _said(choice: Choice) -> str:
+    return figures.NONE if choice.asked is None else figures.setting(choice.asked)
 
 
 def _reason(story: Story, key: str, value: Any, typed: bool) -> str:
@@ -58,6 +73,8 @@ def _reason(story: Story, key: str, value: Any, typed: bool) -> str:
         return "as typed on the command line"
     if key in story.asked and _same(story.asked[key], value):
         return "as asked"
+    if key in story.asked and key in _PATHS:
+        return "as asked, where it was found"
     if key in known_settings() and _same(known_settings()[key].default, value):
         return "default"
     return "decided by the run"
