@@ -110,5 +110,5 @@ def lora_linear(
     alone; ``key`` names the dropout mask, None drops nothing.
     """
     if lora_A is None or lora_B is None:
-        return FrozenLinear.apply(x, weight, bias, dtype)
-    return LoraLinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout_p, key, dtype)
+        return FrozenLinear.apply(x, weight, bias, dtype)  # type: ignore[no-untyped-call]
+    return LoraLinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout_p, key, dtype)  # type: ignore[no-untyped-call]

@@ -90,4 +90,4 @@ def cross_entropy_sum(
     """
     at = torch.nonzero_static(labels != -100, size=num_labels).squeeze(1)
     chosen = hidden.index_select(0, at).to(weight.dtype)
-    return _ChunkedCrossEntropy.apply(chosen, weight, labels.index_select(0, at), scale, softcap)
+    return _ChunkedCrossEntropy.apply(chosen, weight, labels.index_select(0, at), scale, softcap)  # type: ignore[no-untyped-call]

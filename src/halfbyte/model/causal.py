@@ -99,12 +99,19 @@ class QLoRAModel:
 
     def use_gradient_checkpointing(self, on: bool) -> None:
         """Recompute each decoder layer in the backward pass, or keep its activations."""
-        if on:
-            # Dropout masks are made again from their keys: there is no generator state to save.
-            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-            self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        network = self.network
+        # transformers 5.23 has renamed both; it warns at the old names.
+        renamed = hasattr(network, "activation_checkpointing_enable")
+        if not on:
+            off = "activation" if renamed else "gradient"
+            getattr(network, f"{off}_checkpointing_disable")()
+            return
+        # Dropout masks are made again from their keys: there is no generator state to save.
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        if renamed:
+            network.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
         else:
-            self.network.gradient_checkpointing_disable()
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
     @contextmanager
     def adapter_on(self, on: bool) -> Iterator[None]:
