@@ -261,11 +261,14 @@ def test_a_hub_dataset_is_asked_for_without_its_code(
         found = datasets.Dataset.from_list(ROWS)
         return found.to_iterable_dataset() if more["streaming"] else found
 
+    reached = []
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda _, *a, **k: reached.append(a))
     monkeypatch.setattr(datasets, "load_dataset", load)
     table = read("owner/some.rows", limit, split="test", subset="en", revision="v1")
     assert table.rows == ROWS[:limit]
     assert table.columns == ["instruction", "input", "output"]
     assert table.sha256 is None
+    assert reached == [("owner/some.rows",)]
     assert asked == {
         "path": "owner/some.rows",
         "name": "en",
@@ -311,11 +314,29 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch, n
 
     error, sentence = _hub_errors()[number]
 
-    def load(path: str, **_: Any) -> Any:
+    def load(*_: Any, **__: Any) -> Any:
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     assert sentence in refused("o/n")
+    # The same where the hub's client says so before.
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", load)
+    assert sentence in refused("o/n")
+
+
+def test_without_a_network_the_sentence_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("tried although the hub was not reached")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    # A port of this machine at which nothing listens.
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the hub cannot be reached" in refused("o/n")
 
 
 # ---- files that are not there, or none of these -------------------------------------------------

@@ -219,6 +219,22 @@ def test_a_template_that_writes_the_beginning_gets_no_second(llama: Any) -> None
     assert template.chat_template() == WRITES_BOS
 
 
+def test_a_template_with_the_date_renders_the_same_every_day(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    # As Llama 3.2's.
+    tokenizer.chat_template = (
+        '{% if strftime_now is defined %}{% set day = strftime_now("%d %b %Y") %}{% endif %}'
+        "{{ 'Today: ' + day + ';' }}" + WITH_DEFAULT_SYSTEM
+    )
+    row = {"instruction": "Hi.", "input": "", "output": "Ho."}
+    template = template_of(tokenizer, "chat")
+    assert template.prompt(row).startswith("Today: 26 Jul 2024;<|im_start|>system")
+    user = [{"role": "user", "content": "Hi."}]
+    assert rendered(tokenizer, template, user) == trained_ids(template, tokenizer, row)[0]
+    [warning] = template.warnings
+    assert "it is always 26 July 2024" in warning
+
+
 def test_auto_is_chat_where_the_model_has_one(tiny: Any, tiny_model: Path) -> None:
     template, [choice] = make_template(DataRecipe(path="x"), tiny)
     assert (template.name, choice.value) == ("chat", "chat")

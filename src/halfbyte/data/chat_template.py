@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from halfbyte.data.batch import Segment
 from halfbyte.data.tokenize import leading_text
 from halfbyte.errors import DataError
 
+# What Llama 3's own template falls back to.
+PINNED = date(2024, 7, 26)
+DATED = (
+    f"the model's chat template writes the current date into each prompt; here and in the "
+    f"adapter's folder it is always {PINNED.day} {PINNED:%B %Y}, so that what is prompted is what "
+    "was trained."
+)
 ELSE = "state another data.template (alpaca, plain or a text of your own)"
 
 
@@ -19,6 +28,20 @@ def own_template(tokenizer: Any) -> str | None:
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) else None
+
+
+def pin_dates(template: str) -> tuple[str, bool]:
+    """``template`` with PINNED in place of the current date, and whether it wrote one.
+
+    Some templates (Llama 3.1 and 3.2) put the day into each prompt: the same rows would give
+    other tokens tomorrow, and a run could not be resumed.
+    """
+
+    def pinned(found: re.Match[str]) -> str:
+        return json.dumps(PINNED.strftime(found[2]))
+
+    pattern = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
+    return pattern.sub(pinned, template), pattern.search(template) is not None
 
 
 class ModelChat:
@@ -36,7 +59,8 @@ class ModelChat:
         own = None if tokenizer is None else own_template(tokenizer)
         if own is None:
             raise DataError(f"data.template: chat, but the model has no chat template; {ELSE}.")
-        self._own = own
+        self._own, dated = pin_dates(own)
+        self.warnings = [DATED] if dated else []
         self._tokenizer = tokenizer
         self._system = system
         self._instruction = instruction

@@ -124,7 +124,7 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
         template=template,
         audit=audit,
         choices=[*read.choices, *choices],
-        warnings=[*read.warnings, *warnings],
+        warnings=[*read.warnings, *template.warnings, *warnings],
     )
 
 

@@ -48,9 +48,9 @@ def read_hub(data: DataRecipe, limit: int | None) -> Table:
     dataset brings along is never executed.
     """
     import datasets
-    import huggingface_hub.errors as hub
 
     try:
+        _require_reachable(data)
         found = datasets.load_dataset(
             data.path,
             name=data.subset,
@@ -58,18 +58,20 @@ def read_hub(data: DataRecipe, limit: int | None) -> Table:
             revision=data.revision,
             streaming=limit is not None,
         )
-        if limit is None:
-            return Table(list(found.column_names), _rows(found, None))
-        rows: list[Cells] = list(islice(found, limit))
-        return Table(found.column_names or columns_of(rows), rows)
-    except (
-        hub.HfHubHTTPError,
-        hub.LocalEntryNotFoundError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as e:
-        raise DataError(_why(data, e)) from e
+        rows = _rows(found, None) if limit is None else list(islice(found, limit))
+    except Exception as error:  # several libraries raise kinds of their own, all about the dataset
+        raise DataError(_why(data, error)) from error
+    return Table(list(found.column_names or columns_of(rows)), rows)
+
+
+def _require_reachable(data: DataRecipe) -> None:
+    """Raise what the hub has against it at once: `datasets` would try for half a minute."""
+    import huggingface_hub
+
+    # Offline by the user's own setting, `datasets` takes what was fetched before.
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        api = huggingface_hub.HfApi()
+        api.dataset_info(data.path, revision=data.revision, timeout=10, expand=["gated"])
 
 
 def _rows(dataset: Any, limit: int | None) -> list[Cells]:
@@ -88,13 +90,15 @@ def _why(data: DataRecipe, error: Exception) -> str:
     """One sentence on why a hub dataset did not come, by what the libraries raise."""
     chain = _chain(error)
     text = " ".join(str(e) for e in chain)
-    names = {type(e).__name__ for e in chain}
+    names = {kind.__name__ for e in chain for kind in type(e).__mro__}
     page = f"https://huggingface.co/datasets/{data.path}"
     if "GatedRepoError" in names or "gated" in text.lower():
         return (
             f"the dataset {data.path} is gated; accept its terms at {page} and log in with "
             "`hf auth login` or set HF_TOKEN."
         )
+    if "RevisionNotFoundError" in names:
+        return f"the dataset {data.path} has no revision {data.revision}; see {page}/commits."
     if "scripts are no longer supported" in text or "trust_remote_code" in text:
         return (
             f"the dataset {data.path} is made by code of its own, which is not executed; convert "
@@ -117,14 +121,13 @@ def _why(data: DataRecipe, error: Exception) -> str:
     return f"the dataset {data.path} cannot be read: {_first_line(error)}."
 
 
+# Names of the exceptions, or of their bases, that mean that nothing was reached.
 _OFFLINE = {
     "ConnectionError",
-    "ConnectError",
-    "ConnectTimeout",
-    "ProxyError",
-    "OfflineModeIsEnabled",
     "LocalEntryNotFoundError",
-    "OfflineModeError",
+    "OfflineModeIsEnabled",
+    "TimeoutError",
+    "TransportError",
 }
 
 

@@ -8,7 +8,7 @@ was trained, by construction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from halfbyte.data.batch import Segment
@@ -32,6 +32,11 @@ class Template(Protocol):
     @property
     def reads(self) -> frozenset[str]:
         """Those of ``instruction`` and ``input`` that a row's text depends on."""
+        ...
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What about the format the user may not expect."""
         ...
 
     def question(self, row: Row) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
@@ -150,6 +150,8 @@ def _shorten(text: str) -> str:
 
 class TextTemplate:
     """Rows in a TextFormat, ended by the tokenizer's end-of-sequence token."""
+
+    warnings: Sequence[str] = ()
 
     def __init__(
         self, format: TextFormat, tokenizer: Any = None, *, instruction: str | None = None
