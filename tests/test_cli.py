@@ -82,7 +82,7 @@ for words in ([], *([name] for name in names)):
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0, result.output
     assert "--help" in result.output
-slow = {"torch", "transformers", "datasets", "matplotlib", "numpy", "pydantic", "safetensors"}
+slow = {"torch", "transformers", "datasets", "matplotlib", "numpy", "rich.live", "safetensors"}
 assert not slow & sys.modules.keys(), slow & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -219,7 +219,7 @@ def test_paths_are_found_beside_the_recipe_and_again_on_resume(
 def test_ctrl_c_saves_and_the_run_goes_on(place: Path) -> None:
     """A real process and a real signal; what comes out equals an uninterrupted run's."""
     command = [sys.executable, "-m", "halfbyte", "train", "numbers.yaml", "--set"]
-    command += ["training.epochs=200", "--out", "run", "--set", "evaluation.every_steps=100"]
+    command += ["training.epochs=50", "--out", "run", "--set", "evaluation.every_steps=50"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     shown = ""
@@ -245,12 +245,12 @@ def test_ctrl_c_saves_and_the_run_goes_on(place: Path) -> None:
     assert f"after step {stop.step:,}" in shown
     shown = halfbyte("train", "--resume").output
     assert f"going on from the checkpoint of step {stop.step}" in shown
-    assert f"done: {1000:,} steps" in shown
+    assert "done: 250 steps" in shown
     events = [record.event for record in read_events(Path("run"))]
     assert [e.resumed_from for e in events if isinstance(e, RunStarted)] == [None, stop.step]
     steps = [e.step for e in events if isinstance(e, Step)]
-    assert steps == list(range(1, 1001))
-    words = ["--set", "training.epochs=200", "--set", "evaluation.every_steps=100"]
+    assert steps == list(range(1, 251))
+    words = ["--set", "training.epochs=50", "--set", "evaluation.every_steps=50"]
     halfbyte("train", "numbers.yaml", "--out", "whole", *words)
     assert (Path("run") / WEIGHTS).read_bytes() == (Path("whole") / WEIGHTS).read_bytes()
 

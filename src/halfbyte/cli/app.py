@@ -24,16 +24,18 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Help in panels imports rich and its Markdown reader, which takes as long again as the rest.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command(cls=Train)(train)
-app.command()(init)
-app.command()(recipe)
-app.command()(report)
-app.command()(chat)
-app.command()(demo)
-app.command()(doctor)
+app.command(cls=Train, short_help="Fine-tune a model as a recipe says.")(train)
+app.command(short_help="Write a recipe for your own rows.")(init)
+app.command(short_help="Show a recipe's settings, each with its reason.")(recipe)
+app.command(short_help="Write a run's report again, or compare several.")(report)
+app.command(short_help="Talk with a fine-tuned model.")(chat)
+app.command(short_help="Fine-tune a small real model here and now.")(demo)
+app.command(short_help="Say what of this machine is used, what is missing.")(doctor)
 
 
 def _version(asked: bool) -> None:
