@@ -301,7 +301,7 @@ def test_a_format_without_a_system_message_says_so(answerer: Any) -> None:
 
 def said(shown: str) -> list[str]:
     """The answers in what a terminal showed."""
-    pattern = r"^(?:model|base) (.*?)\n(?:\d+ tokens[^\n]*tokens/s|stopped;[^\n]*)$"
+    pattern = r"^(?:model|base): (.*?)\n(?:\d+ tokens?[^\n]*tokens/s|stopped;[^\n]*)$"
     return re.findall(pattern, shown, re.MULTILINE | re.DOTALL)
 
 

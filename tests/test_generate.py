@@ -258,6 +258,17 @@ def test_answers_are_in_order_and_stream_as_they_are(tiny: tuple[Any, Any]) -> N
         assert given.prompt_cut == 0
 
 
+def test_answers_are_repeated_by_the_seed(tiny: tuple[Any, Any]) -> None:
+    def texts(seed: int) -> list[str]:
+        given = answer(*tiny, ["One", "One"], max_new_tokens=24, temperature=2.0, seed=seed)
+        return [one.text for one in given]
+
+    first = texts(3)
+    assert texts(3) == first
+    assert first[0] != first[1], "the same prompt twice draws anew"
+    assert texts(4)[0] == first[1], "prompt i draws from seed + i"
+
+
 def test_a_prompt_longer_than_the_model_takes_keeps_its_end(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     room = model.config.max_position_embeddings

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 HELP = """\
 /system TEXT      set the system message; alone: take it away
 /clear            forget the conversation so far
-/base             switch the adapter off, and on again: compare with the base model
+/base             switch the adapter off, and on again, to compare with the base model
 /again            answer the last message once more
-/temperature X    0 takes the likeliest token always; 0.7 is livelier
-/quit             leave (so does Ctrl-D, or Ctrl-C twice)
+/temperature X    0 takes the likeliest token always, 0.7 is livelier
+/quit             leave, as Ctrl-D does, or Ctrl-C twice
 
-A line that ends with \\ goes on in the next one; lines between \"\"\" and \"\"\" are one message.
-Ctrl-C stops an answer."""
+A line that ends with \\ goes on in the next one.
+Lines between \"\"\" and \"\"\" are one message.
+Ctrl-C stops an answer.
+"""
 
 QUOTES = '"""'
 
@@ -141,23 +143,27 @@ class Session:
                 self._note("Ctrl-C once more, or Ctrl-D, leaves")
 
     def _greet(self) -> None:
-        model = self._answerer.model
-        settings, context = self._settings, context_length(model)
-        how = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
+        name = load_recipe(self._answerer.folder / "recipe.yaml").model.name
+        context = context_length(self._answerer.model)
+        temperature = self._settings.temperature
+        facts = [
+            f"{name} with its adapter",
+            f"on {self._answerer.qlora.device.type}",
+            *([f"{context:,} tokens of context"] if context < 1 << 20 else []),
+            "greedy" if temperature == 0 else f"temperature {temperature:g}",
+        ]
         self._console.print(f"{self._answerer.folder}", style="bold")
-        self._note(
-            f"{type(model).__name__} with its adapter on {self._answerer.qlora.device.type}, {how}"
-            + (f", {context:,} tokens of context" if context < 1 << 20 else "")
-        )
+        self._note(", ".join(facts))
         if self._conversation.single_turn:
             self._note(
                 "it was trained on single questions: each message is a conversation of its own"
             )
         self._note("/help lists the commands, Ctrl-D leaves")
+        self._console.print()
 
     def _ask(self) -> tuple[str, bool]:
         """A message (one line, or several) and whether it is a command."""
-        line = self._read(self._prompt("you"))
+        line = self._read(self._prompt("you:"))
         if line.strip().startswith(QUOTES):
             return self._quoted(line.strip()[len(QUOTES) :]), False
         if line.startswith("/"):
@@ -244,7 +250,7 @@ class Session:
             self._console.file.flush()
 
         self._console.print(
-            f"{'model' if self._adapter else 'base'} ", style=self._answer_style(), end=""
+            f"{'model' if self._adapter else 'base'}: ", style=self._answer_style(), end=""
         )
         settings = replace(self._settings, seed=self._settings.seed + self._answers)
         began = time.perf_counter()
@@ -266,11 +272,15 @@ class Session:
     def _note_answer(self, given: Answer | None, seconds: float) -> None:
         if given is None:
             self._note("stopped; Ctrl-C once more, or Ctrl-D, leaves")
-            return
-        if given.prompt_cut:
-            self._note(cut_text(given.prompt_cut))
-        limit = "" if given.ended else ", the longest allowed (--max-new-tokens)"
-        self._note(f"{given.tokens} tokens{limit}, {rate_text(given.tokens / max(seconds, 1e-9))}")
+        else:
+            if given.prompt_cut:
+                self._note(cut_text(given.prompt_cut))
+            count = "1 token" if given.tokens == 1 else f"{given.tokens:,} tokens"
+            if not given.text and given.ended:
+                count += ", which ended the answer before it began"
+            limit = "" if given.ended else ", the longest allowed (--max-new-tokens)"
+            self._note(f"{count}{limit}, {rate_text(given.tokens / max(seconds, 1e-9))}")
+        self._console.print()
 
     def _note(self, text: str) -> None:
         self._console.print(text, style="dim")
