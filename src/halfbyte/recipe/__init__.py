@@ -1,5 +1,5 @@
 """What the user asked for."""
 
-from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.load import Recipe
 
 __all__ = ["Recipe"]

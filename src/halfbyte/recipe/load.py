@@ -11,13 +11,25 @@ from pydantic import ValidationError
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.names import check_names
 from halfbyte.recipe.overrides import apply_override
-from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.schema import RecipeFields
 from halfbyte.recipe.settings import sections, settings
 from halfbyte.recipe.wrong_value import wrong_value
 from halfbyte.recipe.yaml_tree import Path as KeyPath
 from halfbyte.recipe.yaml_tree import Tree, read_tree
 
 MAX_BYTES = 1_000_000
+
+
+class Recipe(RecipeFields):
+    """One fine-tuning run: what the user asked for, or what it came to."""
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe in a YAML file, with ``section.key=value`` overrides put in.
+
+        Raises RecipeError, one sentence with file and line, for whatever is wrong with it.
+        """
+        return load_recipe(path, overrides)
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.schema import RecipeFields
 from halfbyte.recipe.settings import Setting, sections, settings
 
 SETTINGS_FILE = "settings.md"
@@ -36,9 +36,10 @@ def json_schema() -> dict[str, Any]:
 
     An empty section is taken for one with its defaults, as the reader takes it.
     """
-    schema = Recipe.model_json_schema()
+    schema = RecipeFields.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Recipe of halfbyte"
+    schema["description"] = "What to fine-tune, on which rows, and how."
     for definition in [schema, *schema["$defs"].values()]:
         for name, part in definition["properties"].items():
             part.pop("title", None)

@@ -8,8 +8,6 @@ documentation: say what it is, its unit, and when one would change it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -249,8 +247,8 @@ class ReportRecipe(Section):
     )
 
 
-class Recipe(Section):
-    """One fine-tuning run."""
+class RecipeFields(Section):
+    """One fine-tuning run; ``Recipe`` of ``load`` is this with a way to read it from a file."""
 
     title: str | None = Field(default=None, description="Title of the report.")
     author: str | None = Field(default=None, description="Who made the run, for the report.")
@@ -276,13 +274,3 @@ class Recipe(Section):
     evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
     checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
     report: ReportRecipe = Field(default_factory=ReportRecipe)
-
-    @classmethod
-    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-        """The recipe in a YAML file, with ``section.key=value`` overrides put in.
-
-        Raises RecipeError, one sentence with file and line, for whatever is wrong with it.
-        """
-        from halfbyte.recipe.load import load_recipe
-
-        return load_recipe(Path(path), overrides)

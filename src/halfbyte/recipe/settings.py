@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from halfbyte.recipe.schema import Recipe, Section
+from halfbyte.recipe.schema import RecipeFields, Section
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Setting:
 @cache
 def settings() -> dict[str, Setting]:
     """All settings by key, in the schema's order."""
-    return {setting.key: setting for setting in _walk(Recipe, "")}
+    return {setting.key: setting for setting in _walk(RecipeFields, "")}
 
 
 @cache
 def sections() -> dict[str, type[Section]]:
     """All sections by key, the top level ("") first."""
-    return {"": Recipe, **dict(_sections(Recipe, ""))}
+    return {"": RecipeFields, **dict(_sections(RecipeFields, ""))}
 
 
 def names_in(section: str) -> list[str]:
@@ -74,7 +74,7 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def get(recipe: Recipe, key: str) -> Any:
+def get(recipe: RecipeFields, key: str) -> Any:
     """The value of the setting ``key`` in ``recipe``."""
     value: Any = recipe
     for part in key.split("."):
@@ -82,7 +82,7 @@ def get(recipe: Recipe, key: str) -> Any:
     return value
 
 
-def is_stated(recipe: Recipe, key: str) -> bool:
+def is_stated(recipe: RecipeFields, key: str) -> bool:
     """Whether whoever made ``recipe`` gave ``key`` a value, be it the default's own."""
     section: Any = recipe
     *above, name = key.split(".")

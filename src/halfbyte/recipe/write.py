@@ -13,7 +13,7 @@ from yaml.emitter import Emitter
 from yaml.representer import SafeRepresenter
 from yaml.serializer import Serializer
 
-from halfbyte.recipe.schema import Recipe, Section
+from halfbyte.recipe.schema import RecipeFields, Section
 from halfbyte.recipe.settings import join, settings
 from halfbyte.recipe.yaml_tree import CoreResolver
 
@@ -21,12 +21,12 @@ _WIDTH = 100
 _TEXT = "tag:yaml.org,2002:str"
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: RecipeFields) -> str:
     """All settings of ``recipe``, in the schema's order."""
     return "\n".join(_lines(recipe, "", comments=False)) + "\n"
 
 
-def commented_recipe(recipe: Recipe) -> str:
+def commented_recipe(recipe: RecipeFields) -> str:
     """The same with what each setting is written above it: a recipe to start from."""
     head = [
         "# A recipe of halfbyte: what to fine-tune, on which rows, and how.",
