@@ -171,6 +171,12 @@ def add_tensor(folder: Path) -> None:
     save_file(state | {"model.layers.7.odd": torch.zeros(2)}, folder / "model.safetensors")
 
 
+def eight_bits(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
+
+
 def lose_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
@@ -211,7 +217,8 @@ TROUBLE: dict[str, tuple[Any, str]] = {
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "JSON"),
-    "wrong shape": (lambda f: edit_json(f / "config.json", intermediate_size=48), "shape"),
+    "wrong shape": (lambda f: edit_json(f / "config.json", intermediate_size=48), r"\[64, 32\]"),
+    "eight-bit weights": (eight_bits, "float8"),
     "impossible shape": (lambda f: edit_json(f / "config.json", hidden_size="x"), "hidden_size"),
     "no language model": (lambda f: edit_json(f / "config.json", model_type="clip"), "clip"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no"),

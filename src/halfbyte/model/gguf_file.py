@@ -110,42 +110,46 @@ class GgufFile:
         """Name in ``model`` (of transformers): name in the file; unknown ones keep theirs."""
         return gguf_parameter_names(model, self.architecture, self._places)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor ``name``, dequantized to fp32 on the CPU, as transformers lays it out."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor ``name`` on the CPU, as transformers lays it out, in ``dtype`` or fp32.
+
+        It is dequantized in fp32 piece by piece, so a narrower ``dtype`` also takes less room.
+        """
         place = self._places[name]
         with self.path.open("rb") as file:
             file.seek(place.offset)
             raw = np.fromfile(file, np.uint8, place.nbytes)
         if len(raw) < place.nbytes:
             raise ModelError(f"{self.path} was cut off while it was read; get it again.")
-        values = _dequantized(raw, place)
+        values = _dequantized(raw, place, dtype or torch.float32)
         if self.architecture == "llama" and name.split(".")[-2] in ("attn_q", "attn_k"):
             heads = self.metadata["llama.attention.head_count"]
             if ".attn_k." in name:
                 heads = self.metadata.get("llama.attention.head_count_kv", heads)
             values = _halves_apart(values, int(heads))
-        return torch.from_numpy(values)
+        return values
 
 
-def _dequantized(raw: np.ndarray, place: _Place) -> np.ndarray:
-    """fp32 values of ``raw`` in the tensor's shape, row after row."""
+def _dequantized(raw: np.ndarray, place: _Place, dtype: torch.dtype) -> Tensor:
+    """The values of ``raw`` in the tensor's shape, row after row."""
     rows = raw.reshape(-1, raw.size * place.shape[-1] // int(np.prod(place.shape)))
-    values = np.empty((len(rows), place.shape[-1]), np.float32)
+    values = torch.empty(len(rows), place.shape[-1], dtype=dtype)
     step = max(1, _CHUNK // place.shape[-1])
     for start in range(0, len(rows), step):
-        values[start : start + step] = gguf.dequantize(rows[start : start + step], place.type)
-    return values.reshape(place.shape)
+        piece = gguf.dequantize(rows[start : start + step], place.type)
+        values[start : start + step] = torch.from_numpy(piece)
+    return values.view(place.shape)
 
 
-def _halves_apart(values: np.ndarray, heads: int) -> np.ndarray:
+def _halves_apart(values: Tensor, heads: int) -> Tensor:
     """Undo llama.cpp's permutation of q and k.
 
     Its rotary embedding turns neighbouring rows of a head, transformers' turns row i with row
     i + D/2, so its converter interleaves the two halves of each head: [heads, 2, D/2] is stored
     as [heads, D/2, 2].
     """
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+    pairs = values.view(heads, -1, 2, *values.shape[1:])
+    return pairs.transpose(1, 2).reshape(values.shape)
 
 
 def _require_readable(path: Path, places: dict[str, _Place]) -> None:

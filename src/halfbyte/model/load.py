@@ -63,7 +63,7 @@ def load_base(
         del weight
         bias = None
         if linear.bias is not None:
-            bias = _kept(_read(source, f"{name}.bias", linear.bias), device, compute_dtype)
+            bias = _read(source, f"{name}.bias", linear.bias, compute_dtype).to(device)
         before += 2 * linear.weight.numel()
         after += nf4.nbytes
         layer = QLoRALinear.from_weight(
@@ -103,7 +103,7 @@ def _fill_rest(model: Any, source: ModelSource, device: str, dtype: torch.dtype)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in filled or name not in there:
             continue
-        value = _kept(_read(source, name, parameter), device, dtype)
+        value = _read(source, name, parameter, dtype).to(device)
         filled[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for module in model.modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
@@ -112,33 +112,26 @@ def _fill_rest(model: Any, source: ModelSource, device: str, dtype: torch.dtype)
     for name, buffer in list(model.named_buffers()):
         if name in there and buffer.is_meta:
             owner, _, leaf = name.rpartition(".")
-            value = _kept(_read(source, name, buffer), device, buffer.dtype)
+            value = _read(source, name, buffer, buffer.dtype).to(device)
             setattr(model.get_submodule(owner), leaf, value)
 
 
-def _read(source: ModelSource, name: str, expected: Tensor) -> Tensor:
-    tensor = source.read(name)
-    if tensor.shape != expected.shape:
-        raise ModelError(
-            f"tensor {name} of {source.name} has shape {list(tensor.shape)} where its "
-            f"configuration asks for {list(expected.shape)}: the two do not fit each other."
-        )
-    if expected.is_floating_point() and tensor.dtype not in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
+def _read(
+    source: ModelSource, name: str, expected: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    tensor = source.read(name, dtype)
+    if tensor.shape != expected.shape or (
+        tensor.is_floating_point() != expected.is_floating_point()
     ):
-        kind = str(tensor.dtype).removeprefix("torch.")
         raise ModelError(
-            f"tensor {name} of {source.name} is stored as {kind}, and only fp32, bf16 and fp16 are "
-            "quantized: name a model in one of those."
+            f"tensor {name} of {source.name} is {_form(tensor)} where its configuration asks for "
+            f"{_form(expected)}: the two do not fit each other."
         )
     return tensor
 
 
-def _kept(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-    """A copy in memory of its own: the tensor may be pages of the file."""
-    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _require_complete(model: Any, source: ModelSource) -> None:

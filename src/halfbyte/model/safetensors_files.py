@@ -11,6 +11,7 @@ from halfbyte.model.names import parameter_names
 from halfbyte.model.wording import reason, some
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SINGLE = "model.safetensors"
@@ -62,19 +63,32 @@ class SafetensorsFiles:
         """Name in ``model`` (of transformers): name in the files; unknown ones keep theirs."""
         return parameter_names(model, self._files)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor ``name`` on the CPU in the type it is stored in.
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor ``name`` on the CPU: a copy in ``dtype``, or as it is stored.
 
-        Its memory may be the file's own pages: copy it before keeping it.
+        As stored its memory is the file's own pages: copy it before changing or keeping it.
+        Raises ModelError for a damaged file and for numbers other than fp32, bf16 and fp16 (8-bit
+        ones need scales that stand elsewhere).
         """
+        import torch
         from safetensors import SafetensorError, safe_open
 
         path = self._files[name]
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                stored = file.get_tensor(name)
         except (SafetensorError, OSError, TypeError, KeyError) as error:
             raise ModelError(f"tensor {name} of {path} cannot be read: {reason(error)}.") from error
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        if stored.dtype not in floats and (dtype in floats or stored.is_floating_point()):
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"tensor {name} of {path} is stored as {kind}, and only fp32, bf16 and fp16 are "
+                "read: name a model in one of those."
+            )
+        if dtype is None:
+            return stored
+        return torch.empty(stored.shape, dtype=dtype).copy_(stored)
 
 
 def _header_names(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ from halfbyte.model.tokenizer import load_gguf_tokenizer, load_tokenizer
 from halfbyte.recipe.schema import ModelRecipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -25,7 +26,7 @@ class Checkpoint(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor: ...
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Name in ``model`` (of transformers): name in the files; unknown ones keep theirs."""
@@ -53,14 +54,14 @@ class ModelSource:
         """The original tensors by their transformers parameter names."""
         return list(self._names)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An original tensor by its transformers parameter name, on the CPU.
 
-        From safetensors in the type it is stored in, from GGUF dequantized to fp32. The memory may
-        be the file's own pages: copy it before changing or keeping it. Raises KeyError for a name
-        that is none of ``names()``, ModelError for a damaged file.
+        With ``dtype`` it is a copy in that type. Without, it is as stored (from GGUF dequantized
+        to fp32), and its memory may be the file's own pages: copy it before changing or keeping
+        it. Raises KeyError for a name that is none of ``names()``, ModelError for a damaged file.
         """
-        return self.checkpoint.read(self._names[name])
+        return self.checkpoint.read(self._names[name], dtype)
 
 
 def open_model(model: ModelRecipe) -> ModelSource:
