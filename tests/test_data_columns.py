@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from halfbyte.data.columns import cell_text, find_columns, guess_columns, rows_of
-from halfbyte.data.source import Table
+from halfbyte.data.table import Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import ColumnsRecipe, DataRecipe
 

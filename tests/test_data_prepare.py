@@ -137,7 +137,7 @@ def test_rows_without_an_answer_are_dropped_and_the_last_is_an_error(
         assert len(prepared(tokenizer, tmp_path, [row(1, answer)]).train) == 1
         return
     with pytest.raises(DataError) as caught:
-        prepared(tokenizer, tmp_path, [row(1, answer), row(2, "")])
+        prepared(tokenizer, tmp_path, [row(1, answer), row(2, "")], held_out=1)
     assert str(caught.value) == (
         f"{tmp_path / 'rows.jsonl'} leaves no row to train: 2 of 2 rows have an empty answer; "
         "look whether data.columns.output names the column of the answers."

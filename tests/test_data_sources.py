@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.source import Table, read_rows
+from halfbyte.data.source import read_rows
+from halfbyte.data.table import Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import DataRecipe
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
 
-from halfbyte.data.source import Cells, Table
+from halfbyte.data.table import Cells, Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import DataRecipe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,15 +71,16 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
     if not usable.any():  # said before anything is said of held-out rows
         why = Counter(NOTHING_LEFT if i in rows else EMPTY_ANSWER for i in range(len(read.rows)))
         raise DataError(_no_rows(data, why, max_length))
+    if not usable[:may_train].any():
+        raise DataError(_no_rows(data, _dropped(rows, usable, may_train), max_length))
     held_out, considered = choose_held_out(data, read, usable, recipe.seed)
     trains = usable & ~held_out
     trains[may_train:] = False
-    dropped = Counter(
-        NOTHING_LEFT if i in rows else EMPTY_ANSWER for i in range(considered) if not usable[i]
-    )
     train_at, held_out_at = np.flatnonzero(trains).tolist(), np.flatnonzero(held_out).tolist()
     if not train_at:
-        raise DataError(_no_rows(data, dropped, max_length))
+        raise DataError(
+            f"{data.path} leaves no row to train: all of them are held out; hold out fewer."
+        )
     train, train_rows = [rows[i] for i in train_at], [read.rows[i] for i in train_at]
     held_out_rows = [read.rows[i] for i in held_out_at]
     audit = Audited(
@@ -88,7 +89,7 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
         rows_used=len(train),
         rows_held_out=len(held_out_at),
         rows_shortened=sum(row.cut > 0 for row in train),
-        rows_dropped=dict(dropped),
+        rows_dropped=dict(_dropped(rows, usable, considered)),
         template=template.name,
         loss_on=data.loss_on,
         max_length=max_length,
@@ -150,10 +151,14 @@ def _max_length(
     return chosen
 
 
+def _dropped(rows: Mapping[int, TokenizedRow], usable: np.ndarray, considered: int) -> Counter[str]:
+    """Reason to number of rows; those with an answer are in ``rows``."""
+    unusable = np.flatnonzero(~usable[:considered]).tolist()
+    return Counter(NOTHING_LEFT if i in rows else EMPTY_ANSWER for i in unusable)
+
+
 def _no_rows(data: DataRecipe, dropped: Counter[str], max_length: int) -> str:
     count = sum(dropped.values())
-    if not dropped:
-        return f"{data.path} leaves no row to train: all of them are held out; hold out fewer."
     reason, number = dropped.most_common(1)[0]
     if reason == EMPTY_ANSWER:
         todo = "look whether data.columns.output names the column of the answers"

@@ -5,33 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from halfbyte.data.table import SUFFIXES, Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import DataRecipe
 
-Cells = dict[str, object]
-
-TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
-SUFFIXES = (*TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES), ".parquet")
-
 # NAME or OWNER/NAME, as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of named cells.
-
-    ``columns`` in the order of the source; a row may lack some of them. ``sha256`` is of a local
-    file's bytes; ``warnings`` tell what had to be guessed while reading.
-    """
-
-    columns: list[str]
-    rows: list[Cells]
-    sha256: str | None = None
-    warnings: list[str] = field(default_factory=list)
 
 
 def read_rows(data: DataRecipe, limit: int | None = None) -> Table:

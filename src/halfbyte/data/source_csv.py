@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from halfbyte.data.source import Cells, Table
+from halfbyte.data.table import Cells, Table
 from halfbyte.data.text_file import encoding_of, open_text, sha256_of
 from halfbyte.errors import DataError
 

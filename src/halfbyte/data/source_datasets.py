@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.source import SUFFIXES, Cells, Table
 from halfbyte.data.source_json import columns_of
+from halfbyte.data.table import SUFFIXES, Cells, Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import DataRecipe
 

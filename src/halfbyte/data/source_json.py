@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.source import Cells, Table
+from halfbyte.data.table import Cells, Table
 from halfbyte.data.text_file import encoding_of, open_text, sha256_of
 from halfbyte.errors import DataError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halfbyte.data.source import Cells, Table
+from halfbyte.data.table import Cells, Table
 from halfbyte.data.text_file import sha256_of
 from halfbyte.errors import DataError
 
