@@ -250,8 +250,18 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "less than 4 bits cost",
         {"adapter_at_end": 2.8, "worse_after": None},
-        ["higher than the 2.7041", "which does not make up for that cost"],
-        ["helped", "more than that cost"],
+        [
+            "higher than the 2.7041",
+            "the base is still the better model",
+            "which does not make up for that cost",
+        ],
+        ["helped", "harm", "more than that cost"],
+    ),
+    (
+        "4 bits helped and training did not",
+        {"adapter_at_end": 3.05, "worse_after": None, "base": 3.2},
+        ["lower than the 3.2000", "so it predicts such rows better", "training did not lower it"],
+        ["helped", "harm"],
     ),
     (
         "still improving",

@@ -153,16 +153,21 @@ def _held_out(story: Story) -> str:
     base = "the base model" if story.base else "the base model in 4 bits"
     apart = loss - against.loss
     text = figures.difference(apart).lstrip("+" + figures.MINUS)
+    # Training began at the base in 4 bits, so that alone tells what it did.
+    start = story.quantized_base
+    lowered = None if start is None else loss < start.loss
     if apart < 0:
+        so = "so the training helped" if lowered else "so it predicts such rows better"
         return (
             f"{beginning}{figures.loss(loss)}, which is {text} lower than the "
-            f"{figures.loss(against.loss)} of {base}, so the training helped."
+            f"{figures.loss(against.loss)} of {base}, {so}."
         )
     if apart == 0:
         return f"{beginning}{figures.loss(loss)}, the same as that of {base}: it gained nothing."
+    so = "the training did harm" if lowered is False else "the base is still the better model"
     return (
         f"{beginning}{figures.loss(loss)}, which is {text} higher than the "
-        f"{figures.loss(against.loss)} of {base}: on such rows the training did harm."
+        f"{figures.loss(against.loss)} of {base}: on such rows {so}."
     )
 
 
