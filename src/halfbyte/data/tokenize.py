@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ def _learned(segments: Sequence[Segment], offsets: Sequence[tuple[int, int]]) ->
         return np.ones(len(offsets), dtype=bool)
     ends = np.cumsum([len(segment.text) for segment in segments])
     learn = np.array([segment.learn for segment in segments], dtype=bool)
-    token_ends = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
+    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+    token_ends = flat[1::2]
     owner = np.searchsorted(ends, token_ends, side="left")
     return learn[np.minimum(owner, len(segments) - 1)]
 
