@@ -35,9 +35,9 @@ def recipe(
     if schema:
         import json
 
-        from halfbyte.recipe import Recipe
+        from halfbyte.recipe.reference import json_schema
 
-        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+        typer.echo(json.dumps(json_schema(), indent=2))
         return
     if path is None:
         raise RecipeError("name a recipe: halfbyte recipe RECIPE.yaml (or ask for its --schema).")

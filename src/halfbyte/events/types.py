@@ -25,7 +25,7 @@ class RunStarted(Event):
     kind: ClassVar[str] = "run_started"
     version: str  # of halfbyte
     command: list[str]  # as typed
-    folder: str  # the run folder's own name, not its path
+    folder: str  # the run folder, as it was given or made
     resumed_from: int | None = None  # the step of the checkpoint
 
 

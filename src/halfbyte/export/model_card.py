@@ -6,8 +6,7 @@ import json
 
 from halfbyte.events.types import Audited, Evaluated, Kept, ModelLoaded
 from halfbyte.recipe import Recipe
-
-_MEDICAL = ("medical", "doctor", "health", "clinic", "patient", "pharma")
+from halfbyte.recipe.subject import is_medical
 
 
 def model_card(
@@ -77,7 +76,7 @@ def model_card(
         "safety. Judge the answers before relying on them.",
         "",
     ]
-    if any(word in f"{audit.source} {recipe.objective or ''}".lower() for word in _MEDICAL):
+    if is_medical(f"{audit.source} {recipe.objective or ''}"):
         lines += [
             "**This model gives no medical advice** and must not be used in place of a doctor.",
             "",

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 
 from halfbyte.events.types import Evaluated
+from halfbyte.recipe.subject import is_medical
 from halfbyte.report import figures
 from halfbyte.report.story import Story
 from halfbyte.report.verdicts import verdicts
 
 # Below this number of held-out rows chance alone moves the loss by hundredths.
 FEW_ROWS = 100
-_MEDICAL = ("medical", "doctor", "health", "clinic", "patient", "pharma")
 
 
 def five_sentences(story: Story) -> list[str]:
@@ -62,8 +62,7 @@ def limits(story: Story) -> list[str]:
             "Any claim about new text: without a held-out loss of adapter and base there is no "
             "evidence of how it does on rows it has not seen."
         )
-    subject = " ".join([story.recipe.data.path, story.recipe.objective or ""]).lower()
-    if any(word in subject for word in _MEDICAL):
+    if is_medical(f"{story.recipe.data.path} {story.recipe.objective or ''}"):
         found.append("Medical advice: it must not be used in place of a doctor.")
     found.append(
         "Judging truth or safety: the loss says how well the adapter predicts rows like those it "
