@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
+from halfbyte.model.free_memory import release_free_memory
 from halfbyte.model.skeleton import build_skeleton, make_buffers, quantized_linears
 from halfbyte.model.source import ModelSource
 from halfbyte.model.wording import some
 from halfbyte.quant.linear import QLoRALinear
 from halfbyte.quant.nf4 import quantize_nf4
 from halfbyte.recipe.schema import QuantizationRecipe
+
+_RELEASE_EVERY = 32 << 20  # bytes of 16-bit weights
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def load_base(
     _untie_what_differs(model, source)
     _require_complete(model, source)
     parameters = sum(p.numel() for p in model.parameters())
-    before = after = 0
+    before = after = unreleased = 0
     for name, linear in linears.items():
         weight = _read(source, f"{name}.weight", linear.weight).to(device)
         nf4 = quantize_nf4(
@@ -70,6 +73,11 @@ def load_base(
             nf4, bias, linear.in_features, linear.out_features, compute_dtype
         )
         model.set_submodule(name, layer.eval())
+        unreleased += 2 * linear.weight.numel()
+        if unreleased > _RELEASE_EVERY:
+            release_free_memory()
+            unreleased = 0
+    release_free_memory()
     _fill_rest(model, source, device, rest_dtype)
     make_buffers(model, device)
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
