@@ -121,7 +121,7 @@ def test_plain_output_is_lines_with_the_means_of_the_logged_steps() -> None:
         "warning: this device only emulates bf16",
         "fallback: CUDA graph: there is no GPU",
         "phase tokenize: 1.5 s",
-        "2.5000 (-0.5000 from the quantized base)",
+        "2.5000, -0.5000 since the start",
         # A path stands whole on its line, however long.
         "runs/a folder with a name that is longer than most terminals/x-1\n",
     ):

@@ -50,6 +50,8 @@ class Bar:
         left = self.meter.seconds_left
         if left is None:
             return "measuring"
+        if left <= 0:
+            return "all steps done"
         return f"{duration_text(left)} left, ends {hour_text(time.time() + left)}"
 
     def _figures(self) -> str:

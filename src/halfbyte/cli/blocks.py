@@ -155,15 +155,6 @@ def resolved_block(started: TrainingStarted) -> Block:
     )
 
 
-def choice_names(choices: Iterable[Choice]) -> dict[str, str]:
-    """Each choice's key without its section, where no other has the same last part."""
-    keys = [choice.key for choice in choices]
-    last = [key.rsplit(".", 1)[-1] for key in keys]
-    return {
-        key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)
-    }
-
-
 def choice_value(choice: Choice) -> str:
     """The value done, and what was asked where that is another one."""
     value = value_text(choice.value)
@@ -172,12 +163,12 @@ def choice_value(choice: Choice) -> str:
 
 
 def evaluation_text(event: Evaluated, base: float | None) -> str:
-    """A held-out loss, with its distance from the quantized base's ``base``."""
+    """A held-out loss, with its distance from ``base``, the quantized base's."""
     where = {"quantized base": "before training", "base": "of the base before quantization"}
     text = f"held-out loss {where.get(event.what, f'after step {event.step:,}')}: {event.loss:.4f}"
     if event.what == "adapter" and base is not None:
-        text += f" ({event.loss - base:+.4f} from the quantized base)"
-    return f"{text}, {event.rows:,} rows in {duration_text(event.seconds)}"
+        text += f", {event.loss - base:+.4f} since the start"
+    return f"{text} ({duration_text(event.seconds)})"
 
 
 def check_text(event: Checked) -> str:

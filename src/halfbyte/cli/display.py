@@ -22,7 +22,6 @@ from halfbyte.cli.blocks import (
     Block,
     audit_block,
     check_text,
-    choice_names,
     choice_value,
     evaluation_text,
     model_block,
@@ -233,16 +232,17 @@ class Display:
                 self.line(f"chosen: {choice.key} = {choice_value(choice)}: {choice.reason}")
             return
         self._clear_phase()
+        # Whole keys, as --set takes them; in columns they would leave no room for the reasons.
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(min_width=LABEL_WIDTH, no_wrap=True)
-        table.add_column(overflow="fold", style="cyan")
-        table.add_column(overflow="fold", max_width=max(16, self.console.width // 4))
-        table.add_column(overflow="fold", style="dim")
-        names = choice_names(choices)
+        table.add_column(overflow="fold")
         for number, choice in enumerate(choices):
-            label = Text("" if number else "chosen", "bold")
-            texts = (names[choice.key], choice_value(choice), choice.reason)
-            table.add_row(label, *(Text(visible(text)) for text in texts))
+            text = Text.assemble(
+                (f"{choice.key}=", "cyan"),
+                (visible(choice_value(choice)), "bold cyan"),
+                (f"  {visible(choice.reason)}", "dim"),
+            )
+            table.add_row(Text("" if number else "chosen", "bold"), text)
         self.console.print(table)
         self._show_phase()
 

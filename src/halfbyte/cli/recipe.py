@@ -95,7 +95,7 @@ def _show(display: Display, asked: Recipe, effective: Recipe, events: Sequence[E
     chosen = {event.key: event for event in events if isinstance(event, Choice)}
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="cyan")
-    table.add_column(overflow="fold", max_width=max(16, display.console.width // 3))
+    table.add_column(overflow="fold", max_width=display.console.width // 5)
     table.add_column(overflow="fold", style="dim")
     section = ""
     for key in settings():

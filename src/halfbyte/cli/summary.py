@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,7 +164,7 @@ def _show_answers(display: Display, events: list[Event], count: int) -> None:
 
 
 def _shown(text: str) -> str:
-    return visible(shortened(text.strip(), ANSWER_LENGTH))
+    return visible(shortened(re.sub(r"\n{2,}", "\n", text.strip()), ANSWER_LENGTH))
 
 
 def _one_line(text: str) -> str:
