@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.optim.adamw_8bit import AdamW8bit, dequantize_moments, quantize_moments
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.adamw_8bit import dequantize_moments, quantize_moments
 from halfbyte.optim.choose import make_optimizer
 from halfbyte.optim.flat import FlatParameters, flatten_parameters
 from halfbyte.recipe.schema import TrainingRecipe
@@ -16,6 +17,7 @@ STEPS = 15
 SHAPES = {"tiny": (16, 30), "edge": (16, 256), "ragged": (33, 130), "large": (16, 2048)}
 TRUE = torch.tensor(True)
 ONE = torch.tensor(1.0)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def start() -> dict[str, torch.Tensor]:
@@ -37,8 +39,10 @@ def gradients(step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def make(name: str, **settings: float) -> tuple[dict[str, nn.Parameter], FlatParameters, AdamW8bit]:
-    named = {n: nn.Parameter(t.clone()) for n, t in start().items()}
+def make(
+    name: str, device: str = "cpu", **settings: float
+) -> tuple[dict[str, nn.Parameter], FlatParameters, AdamW]:
+    named = {n: nn.Parameter(t.to(device, copy=True)) for n, t in start().items()}
     flat = flatten_parameters(named)
     return named, flat, make_optimizer(name, flat, TrainingRecipe(**settings))
 
@@ -74,42 +78,55 @@ def test_adamw_is_torchs(weight_decay: float) -> None:
         torch.testing.assert_close(v.double(), state["exp_avg_sq"], rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_8bit_is_that_of_bitsandbytes(name: str, weight_decay: float) -> None:
+def test_8bit_is_that_of_bitsandbytes(name: str, weight_decay: float, device: str) -> None:
     optim = pytest.importorskip("bitsandbytes.optim")
-    named, flat, optimizer = make(name, weight_decay=weight_decay)
-    reference = {n: nn.Parameter(t) for n, t in start().items()}
+    named, flat, optimizer = make(name, device, weight_decay=weight_decay)
+    reference = {n: nn.Parameter(t.to(device)) for n, t in start().items()}
+    lr, one, true = torch.zeros((), device=device), ONE.to(device), TRUE.to(device)
+    # On a GPU theirs takes 1 - β₂ and 1 - β₂ᵗ in fp32, which is up to 3e-5 off, so that a few codes
+    # differ, and its weight decay, 1e-3 · λ of a parameter, takes that share of the step too.
+    rtol, floor, few = (2e-6, 2e-8, 0.0) if device == "cpu" else (5e-5, 1e-7, 5e-4)
+    share = rtol if device == "cpu" else rtol + 1e-3 * weight_decay
+    way = {n: torch.zeros_like(p) for n, p in reference.items()}
     theirs = optim.AdamW8bit(reference.values(), lr=1.0, weight_decay=weight_decay)
     for step in range(STEPS):
         put(flat, gradients(step))
-        optimizer.step(torch.tensor(rate(step)), ONE, TRUE)
+        optimizer.step(lr.fill_(rate(step)), one, true)
         theirs.param_groups[0]["lr"] = rate(step)
         for key, g in gradients(step).items():
-            reference[key].grad = g
+            reference[key].grad = g.to(device)
+        before = {n: p.detach().clone() for n, p in reference.items()}
         theirs.step()
         codes = apart = 0
         for key, offset in zip(flat.names, flat.offsets, strict=True):
             state, n = theirs.state[reference[key]], reference[key].numel()
-            torch.testing.assert_close(named[key], reference[key], rtol=1e-6, atol=1e-8)
             ours = optimizer.state_tensors()
+            # Steps go up to hundreds of rates, where v is rounded to 0: a parameter may be off by a
+            # share of the way it went, and more where a code differs.
+            way[key] += (reference[key] - before[key]).abs()
+            off = (named[key] - reference[key]).abs()
+            assert (off > share * way[key] + floor).sum() <= few * n
             if key == "tiny":
                 assert state["state1"].dtype == torch.float32
-                for mine, his in (("m", "state1"), ("v", "state2")):
-                    at = offset - flat.blocked
-                    torch.testing.assert_close(
-                        ours[mine][at : at + n], state[his].view(-1), rtol=1e-6, atol=1e-20
-                    )
+                at = slice(offset - flat.blocked, offset - flat.blocked + n)
+                m, v = state["state1"].view(-1), state["state2"].view(-1)
+                torch.testing.assert_close(ours["m"][at], m, rtol=rtol, atol=1e-9)
+                torch.testing.assert_close(ours["v"][at], v, rtol=rtol, atol=1e-20)
                 continue
             for mine, his in (("m", "1"), ("v", "2")):
+                scales = ours[f"absmax_{mine}"][offset // 256 : -(-(offset + n) // 256)]
+                torch.testing.assert_close(scales, state[f"absmax{his}"], rtol=rtol, atol=0)
                 difference = (
                     ours[f"codes_{mine}"][offset : offset + n].int()
                     - state[f"state{his}"].view(-1).int()
                 ).abs()
+                # In a block of zeros 0 / 0 has whatever code, and the value 0 all the same.
+                difference *= scales.repeat_interleave(256)[:n] > 0
                 assert difference.max() <= 1
                 codes, apart = codes + n, apart + int(difference.count_nonzero())
-                scales = ours[f"absmax_{mine}"][offset // 256 : -(-(offset + n) // 256)]
-                torch.testing.assert_close(scales, state[f"absmax{his}"], rtol=1e-6, atol=0)
         assert apart <= 1e-4 * codes, f"step {step}: {apart} of {codes} codes differ"
 
 
@@ -180,8 +197,32 @@ def test_the_size_of_the_chunks_does_not_show(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(flat.data, flat2.data)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_captured_step_is_the_eager_one(name: str) -> None:
+    lr, scale, do_update = (t.cuda() for t in (ONE.clone(), ONE.clone(), TRUE.clone()))
+    weights = []
+    for captured in (False, True):
+        _, flat, optimizer = make(name, "cuda", weight_decay=0.1)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step(lr, scale, do_update)
+        for step in range(4):
+            put(flat, gradients(step))
+            lr.fill_(rate(step))
+            do_update.fill_(step != 2)
+            if captured:
+                graph.replay()
+            else:
+                optimizer.step(lr, scale, do_update)
+        assert optimizer.count == 3
+        weights.append(flat.data.clone())
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_codes_of_values_that_are_hard_to_scale(signed: bool, device: str) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     values = torch.zeros(5 * 256)
@@ -193,10 +234,11 @@ def test_codes_of_values_that_are_hard_to_scale(signed: bool, device: str) -> No
     codes, absmax = quantize_moments(values, signed)
     book = functional.create_dynamic_map(signed=signed).to(device)
     theirs, scales = torch.ops.bitsandbytes.quantize_blockwise(values, book, 256)
-    assert torch.equal(absmax, scales)
-    regular = torch.ones(5 * 256, dtype=torch.bool)
-    regular[256:512] = False  # there the reciprocal of the scale is infinite
-    assert torch.equal(codes[regular], theirs[regular])
+    # The reciprocal of a subnormal scale is infinite, and a GPU takes it for 0; a block of zeros
+    # has whatever codes.
+    regular = torch.tensor([False, False, True, True, True], device=device)
+    assert torch.equal(absmax[regular], scales[regular])
+    assert torch.equal(codes.view(5, 256)[regular], theirs.view(5, 256)[regular])
     ours = dequantize_moments(codes, absmax, signed)
     reference = functional.dequantize_blockwise(theirs, absmax=scales, code=book, blocksize=256)
     torch.testing.assert_close(ours, reference, rtol=0, atol=1e-37)

@@ -77,6 +77,8 @@ class Moments8:
         self.codes_v = torch.zeros(stop, dtype=torch.uint8, device=device)
         self.absmax_m = torch.zeros(stop // BLOCK, device=device)
         self.absmax_v = torch.zeros(stop // BLOCK, device=device)
+        for signed in (True, False):  # now: a graph that is captured later cannot copy them over
+            _borders(signed, self.codes_m.device)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         blocks = slice(start // BLOCK, stop // BLOCK)
