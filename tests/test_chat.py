@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
 from halfbyte.cli.chat_session import ChatSettings, Session
 from halfbyte.cli.units import visible
+from halfbyte.cli.word_wrap import WordWrap
 from halfbyte.data.template import make_template
 from halfbyte.events import EventLog
 from halfbyte.events.types import Finished
@@ -297,6 +300,40 @@ def test_a_format_without_a_system_message_says_so(answerer: Any) -> None:
     finally:
         tokenizer.chat_template = own
     assert Conversation(tokenizer, room=9, count=len).takes_system()
+
+
+@pytest.mark.parametrize("width", range(11, 40))
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_lines_are_broken_between_words(width: int, size: int) -> None:
+    text = "The keeper said: a lamp, a log and a steady-hand hold more than luck, shipmate."
+    lines = wrapped(text, width, size).split("\n")
+    assert [line.rstrip() for line in lines] == textwrap.wrap(text, width, break_on_hyphens=False)
+    assert all(len(line) <= width for line in lines)
+
+    own = "One:\n\n-  two\n\tthree"
+    assert wrapped(own, 40, size) == own.replace("\t", "    "), "the text's own lines stay"
+    assert wrapped(own, 10, size, column=7).startswith("\nOne:\n")
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_scripts_without_spaces_and_long_words_fill_their_lines(size: int) -> None:
+    text = "ein 世界你好世界你好 zwei"
+    lines = wrapped(text, 9, size).split("\n")
+    assert [cell_len(line) for line in lines] == [8, 8, 9]
+    assert "".join(lines) == text
+    link = "see https://a.example/page and so"
+    rows = "".join(line.ljust(10) for line in wrapped(link, 10, size).split("\n"))
+    assert " https://a.example/page and so" in rows
+
+
+def wrapped(text: str, width: int, size: int, column: int = 0) -> str:
+    """``text`` as WordWrap writes it when it comes in pieces of ``size`` characters."""
+    written = io.StringIO()
+    wrap = WordWrap(written.write, width, column)
+    for start in range(0, len(text), size):
+        wrap.push(text[start : start + size])
+    wrap.end()
+    return written.getvalue()
 
 
 def said(shown: str) -> list[str]:

@@ -98,8 +98,8 @@ def oracle(model: Any, prompts: list[list[int]], ends: list[int] | None = None) 
     capped = getattr(model.config, "attn_logit_softcapping", None)
     model.config._attn_implementation = "eager" if capped else "sdpa"
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts]).to(model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]).to(ids)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=NEW, pad_token_id=0, eos_token_id=ends
     )
@@ -142,6 +142,16 @@ def test_greedy_ids_are_those_of_transformers(family: str) -> None:
     assert ours(model, PROMPTS) == oracle(model, PROMPTS) == alone
     assert all(len(row) == NEW and len(set(row)) > 8 for row in alone), "the test shows nothing"
     assert len({tuple(row) for row in alone}) == len(alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_are_those_of_transformers_on_a_gpu(family: str) -> None:
+    model = build(family).to("cuda")
+    use_varlen_attention(model)
+    assert ours(model, PROMPTS) == oracle(model, PROMPTS)
+    drawn = ours(model, PROMPTS, temperature=1.0)
+    assert drawn == ours(model, PROMPTS, temperature=1.0) != ours(model, PROMPTS)
 
 
 def test_each_row_ends_where_transformers_ends_it() -> None:

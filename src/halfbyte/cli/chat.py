@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def chat(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Run folder; by default the latest run.")
+        Path | None, typer.Argument(metavar="DIR", help="Run folder; by default the latest run.")
     ] = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message (or instruction).")

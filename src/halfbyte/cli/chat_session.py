@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from halfbyte.cli.units import rate_text, visible
+from halfbyte.cli.word_wrap import WordWrap
 from halfbyte.errors import HalfbyteError, ModelError
 from halfbyte.generate.answer import Answer, answer, room_for_prompt
 from halfbyte.generate.conversation import Conversation
@@ -29,7 +29,7 @@ HELP = """\
 /quit             leave, as Ctrl-D does, or Ctrl-C twice
 
 A line that ends with \\ goes on in the next one.
-Lines between \"\"\" and \"\"\" are one message.
+Lines between \"\"\" and \"\"\" are one message, and so is what is pasted at once.
 Ctrl-C stops an answer.
 """
 
@@ -166,7 +166,7 @@ class Session:
         line = self._read(self._prompt("you:"))
         if line.strip().startswith(QUOTES):
             return self._quoted(line.strip()[len(QUOTES) :]), False
-        if line.startswith("/"):
+        if line.startswith("/") and "\n" not in line:  # a paste can bring line breaks
             return line, True
         lines = [line]
         while lines[-1].endswith("\\"):
@@ -243,15 +243,21 @@ class Session:
             turns = "turn was" if rendered.dropped == 1 else f"{rendered.dropped} turns were"
             self._note(f"longer than the model takes: the oldest {turns} dropped")
         heard: list[str] = []
+        name = "model: " if self._adapter else "base: "
+        write = self._console.file.write
+        wrap = (
+            WordWrap(write, self._console.width, len(name)) if self._console.is_terminal else None
+        )
 
         def show(piece: str) -> None:
             heard.append(piece)
-            self._console.file.write(visible(piece))
+            if wrap is None:
+                write(visible(piece))
+            else:
+                wrap.push(visible(piece))
             self._console.file.flush()
 
-        self._console.print(
-            f"{'model' if self._adapter else 'base'}: ", style=self._answer_style(), end=""
-        )
+        self._console.print(name, style=self._answer_style(), end="")
         settings = replace(self._settings, seed=self._settings.seed + self._answers)
         began = time.perf_counter()
         given: Answer | None = None
@@ -265,6 +271,8 @@ class Session:
             self._note(str(error))
             return
         self._answers += 1
+        if wrap is not None:
+            wrap.end()
         self._console.print()
         self._conversation.add(message, "".join(heard))
         self._note_answer(given, time.perf_counter() - began)
@@ -297,8 +305,13 @@ class Session:
 
 def _line_reader() -> Callable[[str], str]:
     """``input`` with line editing and a history, where Python has them."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (from now on ``input`` uses it)
+    try:
+        import readline  # from now on ``input`` uses it
+    except ImportError:
+        return input
+    if "libedit" not in (readline.__doc__ or ""):
+        # Python turns this off; with it a paste of several lines is one message.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     return input
 
 
