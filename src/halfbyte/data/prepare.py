@@ -68,10 +68,7 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
     usable = np.zeros(len(read.rows), dtype=bool)
     usable[[i for i, row in rows.items() if row.num_labels]] = True
 
-    if not usable.any():  # said before anything is said of held-out rows
-        why = Counter(NOTHING_LEFT if i in rows else EMPTY_ANSWER for i in range(len(read.rows)))
-        raise DataError(_no_rows(data, why, max_length))
-    if not usable[:may_train].any():
+    if not usable[:may_train].any():  # said before anything is said of held-out rows
         raise DataError(_no_rows(data, _dropped(rows, usable, may_train), max_length))
     held_out, considered = choose_held_out(data, read, usable, recipe.seed)
     trains = usable & ~held_out
