@@ -66,25 +66,33 @@ def find_hub_model(name: str, revision: str | None) -> HubModel:
             return _cached(name, revision)
         sizes = {f.rfilename: int(f.size or 0) for f in info.siblings or [] if _wanted(f.rfilename)}
         weights = _weights(name, sizes, [f.rfilename for f in info.siblings or []])
-        folder = Path(_snapshot(name, info.sha, list(SETTINGS)))
+        # By the revision's name, so that the client notes which commit it was, for when it is
+        # asked offline; what follows keeps to that commit.
+        folder = Path(_snapshot(name, revision, list(SETTINGS)))
+    commit = folder.name
     lacking = {
         file: sizes[file]
         for file in weights
-        if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)
+        if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)
     }
-    return HubModel(name, str(info.sha), folder, lacking, weights[0].endswith(".gguf"))
+    return HubModel(name, commit, folder, lacking, weights[0].endswith(".gguf"))
 
 
-def _snapshot(name: str, commit: str | None, patterns: list[str]) -> str:
+def _snapshot(
+    name: str, revision: str | None, patterns: list[str], local_files_only: bool = False
+) -> str:
     from huggingface_hub import snapshot_download
 
     return snapshot_download(
-        name, revision=commit, allow_patterns=patterns, ignore_patterns=list(_NOT_WANTED)
+        name,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=list(_NOT_WANTED),
+        local_files_only=local_files_only,
     )
 
 
 def _cached(name: str, revision: str | None) -> HubModel:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     absent = ModelError(
@@ -92,7 +100,7 @@ def _cached(name: str, revision: str | None) -> HubModel:
         "the network and HF_HUB_OFFLINE, or name a local folder."
     )
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        folder = Path(_snapshot(name, revision, [*SETTINGS, *_WEIGHTS], local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise absent from error
     if not any(file.suffix in (".safetensors", ".gguf") for file in folder.iterdir()):
