@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.kernels.nf4 import CODE_BOOK, dynamic_map
+from halfbyte.kernels.nf4 import CODE_BOOK, dynamic_map, quantize_scales
 from halfbyte.quant.nf4 import quantize_nf4
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -84,3 +84,12 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = quantize_nf4(w)
     assert all(torch.equal(t, parts.tensors()[n]) for n, t in whole.tensors().items())
     assert torch.equal(whole.dequantize(torch.float32), parts.dequantize(torch.float32))
+
+
+def test_codes_of_two_million_scales() -> None:
+    """So many that a quotient in place of a product with a reciprocal shows: in four of these."""
+    absmax = torch.rand(2_000_017, generator=torch.Generator().manual_seed(4)) * 0.05
+    codes, nested, offset = quantize_scales(absmax)
+    theirs, state = functional.quantize_blockwise(absmax - offset, blocksize=256)
+    assert torch.equal(codes, theirs)
+    assert torch.equal(nested, state.absmax)

@@ -182,8 +182,9 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padded = torch.nn.functional.pad(centred, (0, blocks * SCALES_PER_BLOCK - centred.numel()))
     grouped = padded.view(blocks, SCALES_PER_BLOCK)
     nested = grouped.abs().amax(dim=1)
-    # A block of zeros gives 0 / 0, which bitsandbytes makes code 0.
-    scaled = (grouped / nested[:, None]).nan_to_num_(nan=-1.0).view(-1)
+    # Its reciprocal, as bitsandbytes has it: a quotient gives another code two times in a million.
+    # A block of zeros gives 0 · ∞, which bitsandbytes makes code 0.
+    scaled = (grouped * (1.0 / nested)[:, None]).nan_to_num_(nan=-1.0).view(-1)
     if absmax.device.type == "cpu":
         # There bitsandbytes looks codes up in a table over a grid of 65,536 values on [-1, 1]
         # (a GPU searches the code itself), so 0.2 % of the codes are the nearest one's neighbour.
