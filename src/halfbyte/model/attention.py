@@ -27,6 +27,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     row_borders: list[int] | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal self-attention within each row.
@@ -36,12 +37,15 @@ def varlen_attention(
     Query and key come in fp32 where the rotary embedding was computed in it, and are brought to
     the value's type, which is the type of the products. Returns [1, T, heads, D].
 
-    Raises ValueError without ``row_borders``, or with a mask: there is nothing right to do.
+    Raises ValueError without ``row_borders``, with a mask, or with attention sinks (``s_aux``):
+    there is nothing right to do.
     """
     if row_borders is None:
         raise ValueError(f"{NAME} needs row_borders: without them rows would see each other")
     if attention_mask is not None:
         raise ValueError(f"{NAME} takes no attention mask: the borders say it all")
+    if s_aux is not None:
+        raise ValueError(f"{NAME} knows no attention sinks")
     query, key = query.to(value.dtype), key.to(value.dtype)
     rows = [
         _row_attention(
@@ -100,7 +104,11 @@ def use_varlen_attention(model: Any) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, varlen_attention)
-    for config in {
-        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
-    }.values():
-        config._attn_implementation = NAME
+    set_attention(model, NAME)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Make ``model`` attend by the implementation of that name, in all its parts."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for config in configs.values():
+        config._attn_implementation = name
