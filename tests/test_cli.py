@@ -256,6 +256,27 @@ def test_ctrl_c_saves_and_the_run_goes_on(place: Path) -> None:
     assert (Path("run") / WEIGHTS).read_bytes() == (Path("whole") / WEIGHTS).read_bytes()
 
 
+def test_ctrl_c_outside_the_steps(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import halfbyte.run.training as training
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    before = files_in(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_model", interrupted)
+        assert "nothing was written" in halfbyte("train", "numbers.yaml", code=130).output
+    assert files_in(place) == before
+    assert not Path("runs").exists()
+    # After the last step, while the adapter is saved and prompts are answered: nothing is lost.
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "end_run", interrupted)
+        shown = halfbyte("train", "numbers.yaml", "--out", "run", code=130).output
+    assert "go on: halfbyte train --resume run" in shown
+    assert "going on from the checkpoint of step 10" in halfbyte("train", "--resume", "run").output
+    assert (Path("run") / WEIGHTS).exists()
+
+
 @pytest.mark.parametrize("words", [["recipe", "--schema"], ["train", "--help"], ["--version"]])
 def test_a_reader_that_went_away_gets_no_traceback(words: list[str]) -> None:
     reading, writing = os.pipe()

@@ -25,11 +25,14 @@ def demo(
     from halfbyte.cli.asked import asked_for
     from halfbyte.cli.train import start
 
-    recipe = demo_recipe()
-    start(asked_for(recipe), out=out, max_steps=max_steps, overwrite=False, answers=2)
-    typer.echo()
-    typer.echo("your own rows, a CSV or JSONL file with a question and an answer column:")
-    typer.echo("  halfbyte init my.csv")
+    start(
+        asked_for(demo_recipe()),
+        out=out,
+        max_steps=max_steps,
+        overwrite=False,
+        answers=2,
+        hints=["halfbyte init my.csv    the same with your own rows: questions and answers"],
+    )
 
 
 def demo_recipe() -> Path:

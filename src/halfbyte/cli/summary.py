@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
 ANSWER_LENGTH = 400
 
 
-def show_finished(display: Display, run: Run, *, answers: int = 1) -> None:
-    """The end of a finished run, with so many of its held-out prompts before and after."""
+def show_finished(
+    display: Display, run: Run, *, answers: int = 1, hints: Sequence[str] = ()
+) -> None:
+    """The end of a finished run, with so many of its held-out prompts before and after.
+
+    ``hints`` are said after what can be typed next anyway.
+    """
     events = [record.event for record in read_events(run.folder)]
     _show_answers(display, events, answers)
     display.block(Block("done", _done(events)), "bold green")
@@ -48,6 +54,7 @@ def show_finished(display: Display, run: Run, *, answers: int = 1) -> None:
             [
                 f"halfbyte chat {shlex.quote(str(run.folder))}    talk to it",
                 f"open {run.report} in a browser: what was done, and how well",
+                *hints,
             ],
         )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,9 +93,18 @@ def train(
 
 
 def start(
-    asked: Asked, *, out: Path | None, max_steps: int | None, overwrite: bool, answers: int = 1
+    asked: Asked,
+    *,
+    out: Path | None,
+    max_steps: int | None,
+    overwrite: bool,
+    answers: int = 1,
+    hints: Sequence[str] = (),
 ) -> None:
-    """Train what was asked for and show it; ends the command with 130 where it was stopped."""
+    """Train what was asked for and show it; ends the command with 130 where it was stopped.
+
+    At the end so many ``answers`` are shown, and ``hints`` among what to type next.
+    """
     from halfbyte.cli.display import Display
 
     display = Display(logging_steps=asked.recipe.training.logging_steps)
@@ -115,7 +124,7 @@ def start(
             recipe_folder=asked.folder,
         )
 
-    _show(display, run, answers)
+    _show(display, run, answers, hints)
 
 
 def _resume(folder: Path, given: list[str]) -> None:
@@ -137,10 +146,12 @@ def _resume(folder: Path, given: list[str]) -> None:
             from halfbyte.run import train as run_training
         return run_training(resume=folder, listeners=[display], command=_typed())
 
-    _show(display, run, 1)
+    _show(display, run)
 
 
-def _show(display: Display, run: Callable[[], Run], answers: int) -> None:
+def _show(
+    display: Display, run: Callable[[], Run], answers: int = 1, hints: Sequence[str] = ()
+) -> None:
     from halfbyte.cli.summary import show_finished, show_interrupted, show_stopped_at_once
 
     try:
@@ -154,7 +165,7 @@ def _show(display: Display, run: Callable[[], Run], answers: int) -> None:
     if done.interrupted:
         show_interrupted(display, done)
         raise typer.Exit(STOPPED)
-    show_finished(display, done, answers=answers)
+    show_finished(display, done, answers=answers, hints=hints)
 
 
 def _rehearse(asked: Asked, out: Path | None, max_steps: int | None, overwrite: bool) -> None:
