@@ -42,7 +42,9 @@ class Bar:
         top.add_column(ratio=1)
         top.add_column(no_wrap=True)
         top.add_row(
-            f"step {done:,}/{steps:,}", ProgressBar(total=steps, completed=done), self._time_left()
+            f"step {done:,}/{steps:,}",
+            ProgressBar(total=steps, completed=done, complete_style="cyan"),
+            self._time_left(),
         )
         return Group(top, Text(self._figures()))
 
