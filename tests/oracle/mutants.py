@@ -82,7 +82,8 @@ def attention_across_a_border(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention.varlen_attention
 
     def across(*args: Any, row_borders: list[int], **kwargs: Any) -> Any:
-        if len(row_borders) > 2:
+        # A model checks itself with two rows when it is made, and would be refused there.
+        if len(row_borders) > 3:
             row_borders = [row_borders[0], *row_borders[2:]]
         return right(*args, row_borders=row_borders, **kwargs)
 

@@ -1,0 +1,91 @@
+"""A model is taken only if it computes what transformers computes, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from halfbyte.errors import ModelError
+from halfbyte.model import attention
+from halfbyte.model.causal import QLoRAModel
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
+
+
+def granite() -> PreTrainedModel:
+    config = GraniteConfig(**GROUPED, logits_scaling=8.0, attention_multiplier=0.1)
+    return GraniteForCausalLM(config)
+
+
+def gemma2() -> PreTrainedModel:
+    return Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=16, sliding_window=8))
+
+
+def mistral() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=8))
+
+
+def neox() -> PreTrainedModel:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL))
+
+
+@pytest.mark.parametrize("make", [granite, gemma2, mistral, neox])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_family_of_the_usual_kind(
+    make: Callable[[], PreTrainedModel], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    QLoRAModel(make().to(dtype), {}, dtype)
+
+
+def test_an_attention_of_its_own_is_refused() -> None:
+    """Bloom has its own attention, which knows no borders."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4))
+    with pytest.raises(ModelError, match="BloomForCausalLM attends"):
+        QLoRAModel(model, {}, torch.float32)
+
+
+@pytest.mark.parametrize("mistake", ["across", "window", "scaling"])
+def test_a_wrong_attention_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.varlen_attention
+
+    def wrong(*args: Any, row_borders: list[int], **kwargs: Any) -> Any:
+        if mistake == "across":
+            row_borders = [row_borders[0], row_borders[-1]]
+        else:
+            kwargs["sliding_window" if mistake == "window" else "scaling"] = None
+        return right(*args, row_borders=row_borders, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attention", wrong)
+    torch.manual_seed(0)
+    model = granite() if mistake == "scaling" else mistral()
+    with pytest.raises(ModelError, match="attends"):
+        QLoRAModel(model, {}, torch.float32)
