@@ -383,7 +383,7 @@ def test_paging_is_never_dropped_silently(device: Device, config: Any, reason: s
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("training: {learning_rate: 0.0011}\n", "training.learning_rate is 0.0011; above 0.001"),
+        ("training: {learning_rate: 0.0051}\n", "training.learning_rate is 0.0051; above 0.005"),
         ("training: {warmup_steps: 57}\n", "and the run has 57 steps, so the learning rate never"),
         ("training: {batch_size: 512}\n", "a step takes 512 rows and there are 300: an epoch is"),
         ("training: {epochs: 11}\n", "training.epochs is 11; rows seen more than 10 times"),
@@ -398,9 +398,18 @@ def test_what_is_stated_and_unwise_is_done_with_a_warning(text: str, said: str) 
 
 
 def test_nothing_is_warned_of_at_the_border() -> None:
-    assert (
-        resolved("training: {learning_rate: 0.001, warmup_steps: 56, epochs: 3}\n").warnings == []
-    )
+    text = "training: {learning_rate: 0.005, warmup_steps: 56, epochs: 3}\n"
+    assert resolved(text).warnings == []
+
+
+def test_a_large_model_stands_a_lower_rate() -> None:
+    def warned(rate: str) -> bool:
+        text = f"training: {{learning_rate: {rate}}}\n"
+        warnings = resolved(text, config=LLAMA_8B, device=H100).warnings
+        return any("above 0.001" in warning for warning in warnings)
+
+    assert warned("0.0011")
+    assert not warned("0.001")
 
 
 def test_a_target_that_the_model_lacks_is_named() -> None:
