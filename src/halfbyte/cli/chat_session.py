@@ -14,7 +14,8 @@ from halfbyte.cli.word_wrap import WordWrap
 from halfbyte.errors import HalfbyteError, ModelError
 from halfbyte.generate.answer import Answer, answer, room_for_prompt
 from halfbyte.generate.conversation import Conversation
-from halfbyte.generate.prompt import context_length, prompt_ids
+from halfbyte.generate.prompt import prompt_ids
+from halfbyte.model.source import context_length
 from halfbyte.recipe.load import load_recipe
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def make_conversation(
     tokenizer = answerer.tokenizer
     conversation = Conversation(
         tokenizer,
-        room=room_for_prompt(context_length(answerer.model), settings.max_new_tokens),
+        room=room_for_prompt(context_length(answerer.model.config), settings.max_new_tokens),
         count=lambda prompt: len(prompt_ids(tokenizer, prompt)),
         system=system,
         single_turn=template not in ("auto", "chat"),
@@ -144,7 +145,7 @@ class Session:
 
     def _greet(self) -> None:
         name = load_recipe(self._answerer.folder / "recipe.yaml").model.name
-        context = context_length(self._answerer.model)
+        context = context_length(self._answerer.model.config)
         temperature = self._settings.temperature
         facts = [
             f"{name} with its adapter",

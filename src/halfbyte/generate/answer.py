@@ -10,9 +10,10 @@ from typing import Any
 
 from halfbyte.generate.cached_attention import ready_to_generate
 from halfbyte.generate.decoding import decode
-from halfbyte.generate.prompt import context_length, end_ids, prompt_ids
+from halfbyte.generate.prompt import end_ids, prompt_ids
 from halfbyte.generate.sampling import Sampling
 from halfbyte.generate.text_stream import TextStream
+from halfbyte.model.source import context_length
 
 # Rows and tokens of a batch: a weight is read once for all of its rows, and the cache of 16,384
 # tokens takes 2 GB in an 8B model with 8 key-value heads.
@@ -59,7 +60,7 @@ def answer(
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} is not 1 or more")
-    room = context_length(network)
+    room = context_length(network.config)
     ends = end_ids(network, tokenizer)
     whole = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if not all(whole):

@@ -20,12 +20,6 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return [int(token) for token in row.input_ids]
 
 
-def context_length(network: Any) -> int:
-    """Tokens of prompt and answer together that the model takes."""
-    config = network.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
-
-
 def end_ids(network: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer.
 

@@ -134,6 +134,11 @@ def _open_gguf(path: Path, name: str) -> ModelSource:
     )
 
 
+def context_length(config: Any) -> int:
+    """Tokens that a model of this transformers ``config`` takes at once."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+
+
 def template_of(tokenizer: Any) -> str | None:
     """The tokenizer's chat template; of several, the one named ``default``."""
     template = tokenizer.chat_template

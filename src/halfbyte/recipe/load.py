@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.names import check_names
@@ -23,13 +23,22 @@ MAX_BYTES = 1_000_000
 class Recipe(RecipeFields):
     """One fine-tuning run: what the user asked for, or what it came to."""
 
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that ``load`` read it from, beside which relative paths are looked for too."""
+        return self._file
+
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe in a YAML file, with ``section.key=value`` overrides put in.
 
         Raises RecipeError, one sentence with file and line, for whatever is wrong with it.
         """
-        return load_recipe(path, overrides)
+        recipe = load_recipe(path, overrides)
+        recipe._file = Path(path)
+        return recipe
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 from halfbyte.data.batching import Batches
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.events.types import Audited, Event, Warned
-from halfbyte.model.source import ModelSource, open_model
+from halfbyte.model.source import ModelSource, context_length, open_model
 from halfbyte.plan.device import Device, environment_event, find_device
 from halfbyte.plan.resolve import Resolved, resolve
 from halfbyte.recipe import Recipe
@@ -56,7 +56,7 @@ def assemble(
     with emit.phase("model"):
         source = open_model(recipe.model)
     with emit.phase("tokenize"):
-        data = prepare(recipe, source.tokenizer, model_max_length(source.config))
+        data = prepare(recipe, source.tokenizer, context_length(source.config))
     resolved = resolve(
         recipe,
         device=device,
@@ -74,11 +74,6 @@ def assemble(
         for text in [*data.warnings, *resolved.warnings]:
             emit(Warned(text))
     return Assembly(resolved.recipe, source, data, device, resolved)
-
-
-def model_max_length(config: Any) -> int:
-    """Longest row in tokens that the model takes."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
 
 
 def _located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:

@@ -49,6 +49,8 @@ def train(
     """Fine-tune as ``recipe`` says; returns the run, whose folder holds all that came out.
 
     ``out`` is the run folder (by default the next free ``runs/<recipe_name>-<date>-<n>``);
+    ``recipe_name`` and ``recipe_folder``, where relative paths are looked for after the working
+    directory, are those of the file that a recipe was loaded from;
     ``asked`` the recipe's own text, kept beside the effective one; ``max_steps`` ends the run
     earlier than the recipe does; ``resume`` goes on with an interrupted run's folder, and then
     the recipe is the one in it. ``listeners`` are called with every event.
@@ -66,6 +68,9 @@ def train(
     elif recipe is None:
         raise RunError("there is no recipe to train; give one, or a run folder to resume.")
     else:
+        if recipe.file is not None:
+            recipe_name = recipe_name or recipe.file.stem
+            recipe_folder = recipe_folder or recipe.file.parent
         recipe = with_max_steps(recipe, max_steps)
         claimed = claim_folder(
             None if out is None else Path(out), runs, recipe_name or "run", overwrite=overwrite
