@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from halfbyte import Recipe, Run, train
 from halfbyte.evaluate.held_out import HeldOutLoss
 from halfbyte.events import read_events
 from halfbyte.events.types import Audited, Checked, Evaluated, Event, Kept, ModelLoaded, Step
+from halfbyte.quant.linear import QLoRALinear
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +51,19 @@ def whole(tiny_model: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFa
     """Ten steps of four rows, with dropout, accumulation and 8-bit state."""
     place = tmp_path_factory.mktemp("whole")
     return train(recipe(tiny_model, tiny_rows), out=place / "run", runs=place)
+
+
+def test_a_finished_run_holds_no_model(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    """In a notebook the next run, or the chat, needs the memory of this one."""
+
+    def layers() -> int:
+        gc.collect()
+        return sum(isinstance(o, QLoRALinear) for o in gc.get_objects())
+
+    before = layers()
+    asked = recipe(tiny_model, tiny_rows, max_steps=2, gradient_checkpointing=True)
+    train(asked, out=tmp_path / "run", runs=tmp_path)
+    assert layers() == before
 
 
 def test_the_same_seed_gives_the_same_bits(

@@ -17,19 +17,19 @@ def saved_bytes(model: QLoRAModel, batch: Batch) -> int:
     """
     ours = {p.untyped_storage().data_ptr() for p in model.network.parameters()}
     ours |= {b.untyped_storage().data_ptr() for b in model.network.buffers()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # a storage that is freed could give its address to another
+    # By address: a storage that was freed could give its own to another, so all are held on to.
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # No backward pass follows, so nothing is given back. A tensor given back, or held here
+        # itself, would hold the graph that holds this function, and the model would never be freed.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in ours:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+            kept[storage.data_ptr()] = storage
 
     training = model.network.training
     model.network.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         model.loss_sum(batch)
     model.network.train(training)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
