@@ -152,7 +152,8 @@ def test_a_gpu_that_is_not_there_is_one_sentence(
 
 def test_the_environment_names_what_the_run_depends_on() -> None:
     event: Any = environment_event(find_device("cpu"))
-    assert event.packages["torch"] == torch.__version__
+    # A build names its CUDA version here and there, or only in one of the two.
+    assert event.packages["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"halfbyte", "transformers", "tokenizers", "safetensors", "numpy"} <= set(event.packages)
     assert event.cpu
     assert event.cpu_threads >= 1

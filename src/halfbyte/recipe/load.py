@@ -30,6 +30,10 @@ class Recipe(RecipeFields):
         """The file that ``load`` read it from, beside which relative paths are looked for too."""
         return self._file
 
+    def __eq__(self, other: object) -> bool:
+        """The same settings, whatever file they are from."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe in a YAML file, with ``section.key=value`` overrides put in.
