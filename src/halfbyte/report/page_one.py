@@ -86,7 +86,7 @@ def _shown(answer: Answer, prompt: str, fit: Callable[[str], str]) -> Shown:
         return "(not asked)" if text is None else fit(text) or "(empty)"
 
     return Shown(
-        f"Held-out row {figures.count(answer.row)}",
+        f"Held-out row {figures.count(answer.row + 1)}",
         prompt or "(empty)",
         given(answer.before),
         given(answer.after),

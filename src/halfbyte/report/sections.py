@@ -143,7 +143,7 @@ def _dataset(story: Story) -> list[Block]:
         blocks.append(
             Sample(
                 [(str(text), bool(carries)) for text, carries in a.sample],
-                f"Row {figures.count(a.sample_row)} as the model saw it.",
+                f"Row {figures.count(a.sample_row + 1)} as the model saw it.",
             )
         )
     return blocks
