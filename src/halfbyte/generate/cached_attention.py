@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.model.attention import softcapped_attention
+
 NAME = "halfbyte_cached"
 
 
@@ -45,23 +47,8 @@ def cached_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return out, None
-    return _softcapped(query, key, value, attention_mask, scaling, softcap), None
-
-
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float
-) -> Tensor:
-    """Attention with scores cap · tanh(s / cap) (Gemma 2, arXiv 2408.00118, section 2)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scale / softcap)
-    if mask is None:
-        new, seen = scores.shape[2:]
-        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
-    # The lowest number, not -inf: a padded query sees nothing, and 0 / 0 would be NaN.
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).contiguous()
+    out = softcapped_attention(query, key, value, scaling, attention_mask, softcap)
+    return out.transpose(1, 2).contiguous(), None
 
 
 @contextmanager

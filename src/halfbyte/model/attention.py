@@ -78,24 +78,29 @@ def _row_attention(
         apart = at[:, None] - at[None, :]
         mask = (apart >= 0) & (apart < window)
     if softcap is not None:
-        return _softcapped(q, k, v, scaling, mask, softcap)
+        return softcapped_attention(q, k, v, scaling, mask, softcap)
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
     )
 
 
-def _softcapped(
+def softcapped_attention(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, mask: Tensor | None, softcap: float
 ) -> Tensor:
-    """Attention with scores cap · tanh(s / cap) (Gemma 2, arXiv 2408.00118, section 2)."""
+    """Attention with scores cap · tanh(s / cap) (Gemma 2, arXiv 2408.00118, section 2).
+
+    ``q`` [B, heads, new, D]; ``k``, ``v`` [B, kv_heads, seen, D]; ``mask`` bool, true where seen,
+    or None where the new tokens are the last of those seen. Returns [B, heads, new, D].
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scale / softcap)
     if mask is None:
-        length = q.shape[2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf"))
+        new, seen = scores.shape[2:]
+        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
+    # The lowest number, not -inf: a padded query sees nothing, and 0 / 0 would be NaN.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
