@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,22 @@ class QLoRAModel:
             assert layer.lora_B is not None
             found[f"{name}.lora_A"], found[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
         return found
+
+    def adapter(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A [r, in] and B [out, r] by the layer's full name, as adapter files hold them."""
+        found = self.lora_parameters()
+        return {
+            name: (found[f"{name}.lora_A"].detach(), found[f"{name}.lora_B"].detach())
+            for name in self.lora
+        }
+
+    @torch.no_grad()
+    def put_adapter(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Copy A and B of each layer of ``layers`` into the model."""
+        ours = self.adapter()
+        for name, (a, b) in layers.items():
+            ours[name][0].copy_(a)
+            ours[name][1].copy_(b)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [T, hidden]; the batch lies on the model's device or the CPU."""

@@ -15,6 +15,7 @@ from halfbyte.model.source import ModelSource, context_length, open_model
 from halfbyte.plan.device import Device, environment_event, find_device
 from halfbyte.plan.resolve import Resolved, resolve
 from halfbyte.recipe import Recipe
+from halfbyte.run.fingerprint import fingerprint
 from halfbyte.run.record import RunRecord
 
 
@@ -38,6 +39,11 @@ class Assembly:
             int(training.gradient_accumulation),
             self.recipe.seed,
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what must be the same for the run to go on; made once, since it reads every row."""
+        return fingerprint(self.recipe, self.data.train)
 
 
 def assemble(

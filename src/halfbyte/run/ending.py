@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import halfbyte
 from halfbyte.data.batching import make_batch
@@ -70,11 +69,7 @@ def _keep(assembly: Assembly, trainer: Trainer, watch: Watch) -> Kept:
 
 def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> None:
     recipe = assembly.recipe
-    layers: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in trainer.model.lora.items():
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        layers[name] = (layer.lora_A.detach(), layer.lora_B.detach())
+    layers = trainer.model.adapter()
     events = [r.event for r in read_events(folder)]
     card = model_card(
         recipe,
@@ -108,12 +103,10 @@ def _read_again(assembly: Assembly, trainer: Trainer, folder: Path) -> Checked:
     batch = make_batch((assembly.data.held_out or assembly.data.train)[:1])
     before = model.logits(batch)
     in_memory = {n: p.detach().clone() for n, p in model.lora_parameters().items()}
-    for name, (a, b) in read_adapter(folder / "adapter").layers.items():
-        layer = model.lora[name]
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        layer.lora_A.fill_(torch.nan).copy_(a)
-        layer.lora_B.fill_(torch.nan).copy_(b)
+    # So that a layer missing from the file shows: it would otherwise be there from training.
+    for parameter in model.lora_parameters().values():
+        parameter.fill_(torch.nan)
+    model.put_adapter(read_adapter(folder / "adapter").layers)
     after = model.logits(batch)
     for name, parameter in model.lora_parameters().items():
         parameter.copy_(in_memory[name])

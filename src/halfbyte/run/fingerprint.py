@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from importlib.metadata import version
 
-from halfbyte.run.assembly import Assembly
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.recipe import Recipe
 
 
-def fingerprint(assembly: Assembly) -> str:
-    """SHA-256 of the recipe's parts that decide the weights, and of the rows as tokens."""
-    recipe = assembly.recipe.model_dump(
+def fingerprint(recipe: Recipe, rows: Iterable[TokenizedRow]) -> str:
+    """SHA-256 of the recipe's parts that decide the weights, and of the ``rows`` that train."""
+    deciding = recipe.model_dump(
         exclude={"title", "author", "objective", "report", "device", "checkpoints", "evaluation"}
     )
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    for row in assembly.data.train:
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
+    for row in rows:
         digest.update(row.input_ids.tobytes())
         digest.update(row.loss_mask.tobytes())
     return digest.hexdigest()

@@ -36,8 +36,6 @@ def load_for_inference(folder: Path, device: str = "auto") -> Answerer:
     Raises RunError where the folder holds no run or no adapter yet, ModelError where the adapter
     does not fit the base model.
     """
-    import torch
-
     require_run(folder)
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise RunError(
@@ -52,13 +50,7 @@ def load_for_inference(folder: Path, device: str = "auto") -> Answerer:
     saved = read_adapter(folder / "adapter")
     if saved.layers.keys() != qlora.lora.keys():
         raise ModelError(f"the adapter in {folder} is not one of {recipe.model.name}'s layers.")
-    with torch.no_grad():
-        for name, (a, b) in saved.layers.items():
-            layer = qlora.lora[name]
-            assert layer.lora_A is not None
-            assert layer.lora_B is not None
-            layer.lora_A.copy_(a)
-            layer.lora_B.copy_(b)
+    qlora.put_adapter(saved.layers)
     qlora.network.eval()
     template = folder / "adapter" / "chat_template.jinja"
     source.tokenizer.chat_template = template.read_text(encoding="utf-8")

@@ -12,7 +12,6 @@ from halfbyte.errors import RunError
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
 from halfbyte.run.assembly import Assembly
-from halfbyte.run.fingerprint import fingerprint
 from halfbyte.run.folder import is_finished, require_run
 
 
@@ -28,7 +27,7 @@ class Resumed:
 
     def check(self, assembly: Assembly) -> None:
         """Raises RunError where the recipe, the rows or the tokenizer are not those of before."""
-        if fingerprint(assembly) != self.state.fingerprint:
+        if assembly.fingerprint != self.state.fingerprint:
             raise RunError(
                 f"{self.folder} cannot go on: its recipe.yaml, its data file or its model's "
                 "tokenizer has changed since the checkpoint; put it back or start a new run."

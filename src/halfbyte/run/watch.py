@@ -14,7 +14,7 @@ from halfbyte.events.types import Checkpointed, Evaluated, Step, Warned
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.energy import EnergyMeter
-from halfbyte.run.fingerprint import fingerprint, package_versions
+from halfbyte.run.fingerprint import package_versions
 from halfbyte.run.record import RunRecord
 from halfbyte.run.setup import Trainer
 
@@ -102,7 +102,7 @@ class Watch:
             best_loss=self.best_loss,
             versions=package_versions(),
             device=self.assembly.device.name,
-            fingerprint=fingerprint(self.assembly),
+            fingerprint=self.assembly.fingerprint,
         )
         path = save_checkpoint(self.checkpoints, state, self.trainer.state())
         self._saved = step
