@@ -33,6 +33,14 @@ class StepResult:
     grad_norm: Tensor  # fp32 scalar, before clipping
     updated: Tensor  # bool scalar, false where the gradient was not finite
 
+    def read(self) -> tuple[float, float, bool]:
+        """Loss, gradient norm and whether an update was made; waits for the device."""
+        return self.loss.item(), self.grad_norm.item(), bool(self.updated.item())
+
+    def seconds(self) -> float | None:
+        """Device seconds of the step; None where the host's clock measures it."""
+        return None
+
 
 class TrainStep:
     """``step(number, micro_batches)`` makes one update of the adapter."""
