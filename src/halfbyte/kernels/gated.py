@@ -19,7 +19,7 @@ pass can write over the gate and the up that it reads, and give out again, so th
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def gated_backward_reference(
 
 
 @triton.jit
-def _activate(g: Any, ACTIVATION: tl.constexpr) -> Any:
+def _activate(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """act(g) and act'(g)."""
     if ACTIVATION == "gelu":
         share = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
@@ -84,16 +84,16 @@ def _activate(g: Any, ACTIVATION: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _gated(
-    gate_up: Any,
-    out: Any,
-    gate_up_stride: Any,
-    out_stride: Any,
+def _gated(  # type: ignore[no-untyped-def]
+    gate_up,
+    out,
+    gate_up_stride,
+    out_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-) -> None:
+):
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -107,20 +107,20 @@ def _gated(
 
 
 @triton.jit
-def _gated_backward(
-    d_act: Any,
-    gate_up: Any,
-    d_gate_up: Any,
-    act: Any,
-    d_act_stride: Any,
-    gate_up_stride: Any,
-    d_gate_up_stride: Any,
-    act_stride: Any,
+def _gated_backward(  # type: ignore[no-untyped-def]
+    d_act,
+    gate_up,
+    d_gate_up,
+    act,
+    d_act_stride,
+    gate_up_stride,
+    d_gate_up_stride,
+    act_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-) -> None:
+):
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

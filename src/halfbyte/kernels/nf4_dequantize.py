@@ -19,7 +19,6 @@ be 1.5 times what the memory takes.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,25 +70,25 @@ def nf4_dequantize_reference(
 
 
 @triton.jit(do_not_specialize=["words", "second", "third", "fourth"])
-def _nf4_dequantize(
-    codes: Any,
-    absmax: Any,
-    nested: Any,
-    offsets: Any,
-    out: Any,
-    book: Any,
-    dynamic: Any,
-    words: Any,
-    second: Any,
-    third: Any,
-    fourth: Any,
+def _nf4_dequantize(  # type: ignore[no-untyped-def]
+    codes,
+    absmax,
+    nested,
+    offsets,
+    out,
+    book,
+    dynamic,
+    words,
+    second,
+    third,
+    fourth,
     COLUMNS: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SCALES: tl.constexpr,
     CODES: tl.constexpr,
     WORDS: tl.constexpr,
-) -> None:
+):
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     inside = word < words
     packed = tl.load(codes + word, mask=inside, other=0, eviction_policy="evict_first")

@@ -20,8 +20,6 @@ from L2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -76,7 +74,7 @@ def rms_norm_backward_reference(
 
 
 @triton.jit
-def _weight(weight: Any, columns: Any, inside: Any, UNIT_OFFSET: tl.constexpr) -> Any:
+def _weight(weight, columns, inside, UNIT_OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if UNIT_OFFSET:
         w += 1.0
@@ -84,7 +82,7 @@ def _weight(weight: Any, columns: Any, inside: Any, UNIT_OFFSET: tl.constexpr) -
 
 
 @triton.jit
-def _sum(x: Any, y: Any, stream: Any, columns: Any, inside: Any) -> Any:
+def _sum(x, y, stream, columns, inside):  # type: ignore[no-untyped-def]
     """s of some columns in fp32, rounded as it is stored; stores it where there is a y."""
     s = tl.load(x + columns, mask=inside, other=0.0)
     if y is not None:
@@ -95,21 +93,21 @@ def _sum(x: Any, y: Any, stream: Any, columns: Any, inside: Any) -> Any:
 
 
 @triton.jit
-def _rms_norm(
-    x: Any,
-    y: Any,
-    weight: Any,
-    stream: Any,
-    out: Any,
-    rstd: Any,
-    y_stride: Any,
-    out_stride: Any,
-    eps: Any,
+def _rms_norm(  # type: ignore[no-untyped-def]
+    x,
+    y,
+    weight,
+    stream,
+    out,
+    rstd,
+    y_stride,
+    out_stride,
+    eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     x += row * WIDTH
     if y is not None:
@@ -142,15 +140,15 @@ def _rms_norm(
 
 
 @triton.jit
-def _products(
-    d_out: Any,
-    stream: Any,
-    weight: Any,
-    r: Any,
-    columns: Any,
-    inside: Any,
+def _products(  # type: ignore[no-untyped-def]
+    d_out,
+    stream,
+    weight,
+    r,
+    columns,
+    inside,
     UNIT_OFFSET: tl.constexpr,
-) -> Any:
+):
     """g and n of some columns."""
     w = _weight(weight, columns, inside, UNIT_OFFSET)
     g = w * tl.load(d_out + columns, mask=inside, other=0.0).to(tl.float32)
@@ -158,28 +156,28 @@ def _products(
 
 
 @triton.jit
-def _store_gradient(d: Any, d_stream: Any, d_stream_c: Any, columns: Any, inside: Any) -> None:
+def _store_gradient(d, d_stream, d_stream_c, columns, inside):  # type: ignore[no-untyped-def]
     tl.store(d_stream + columns, d.to(d_stream.dtype.element_ty), mask=inside)
     if d_stream_c is not None:
         tl.store(d_stream_c + columns, d.to(d_stream_c.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _rms_norm_backward(
-    d_out: Any,
-    stream: Any,
-    rstd: Any,
-    weight: Any,
-    d_stream: Any,
-    d_stream_c: Any,
-    d_out_stride: Any,
-    d_stream_c_stride: Any,
+def _rms_norm_backward(  # type: ignore[no-untyped-def]
+    d_out,
+    stream,
+    rstd,
+    weight,
+    d_stream,
+    d_stream_c,
+    d_out_stride,
+    d_stream_c_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     FIRST: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     d_out += tl.multiple_of(row * d_out_stride, ALIGNED)
     stream += row * WIDTH

@@ -14,8 +14,6 @@ need not be a power of two.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -46,20 +44,20 @@ def rope_reference_(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _rope(
-    qkv: Any,
-    cos: Any,
-    sin: Any,
-    position_ids: Any,
-    tokens: Any,
-    stride: Any,
+def _rope(  # type: ignore[no-untyped-def]
+    qkv,
+    cos,
+    sin,
+    position_ids,
+    tokens,
+    stride,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVERSE: tl.constexpr,
-) -> None:
+):
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of a token's head
     token = index // HEADS
     valid = token < tokens
