@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -19,7 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte.data.batch import Batch
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
 from halfbyte.model.adapter_files import read_adapter, save_adapter
 from halfbyte.model.causal import QLoRAModel
@@ -99,7 +101,7 @@ def test_peft_loads_it_and_gives_the_same_logits(
         weight = linear.base.dequantize(torch.float32)
         reference.get_submodule(name).weight = torch.nn.Parameter(weight)
     ids = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(0))
-    batch = Batch(ids[0], torch.arange(24), torch.tensor([0, 24]), torch.full((24,), -100), 24, 0)
+    batch = make_batch([TokenizedRow(ids[0].numpy(), np.zeros(24, dtype=bool), 0)])
     model.network.eval()
     with torch.no_grad():
         without = reference.eval()(input_ids=ids).logits[0]

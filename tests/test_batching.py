@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.batch import Bucket, TokenizedRow
 from halfbyte.data.batching import Batches, make_batch
 
 
@@ -49,7 +50,80 @@ def test_a_batch_is_what_a_loop_over_tokens_makes(rows: list[TokenizedRow], spar
     assert batch.max_seqlen == max(map(len, rows))
     assert batch.rows == tuple(row.row for row in rows)
     assert batch.cu_seqlens.dtype == torch.int32
-    assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.labels)} == {torch.int64}
+    assert batch.num_tokens == len(ids)
+    assert batch.label_index.tolist() == [t for t, label in enumerate(labels) if label != -100]
+    assert batch.label_ids.tolist() == [label for label in labels if label != -100]
+    int64 = (batch.input_ids, batch.position_ids, batch.labels, batch.label_index, batch.label_ids)
+    assert {t.dtype for t in int64} == {torch.int64}
+
+
+@settings(deadline=None)
+@given(rows=rows_of_tokens(), spare=st.integers(0, 3), data=st.data())
+def test_padding_lies_behind_the_rows_in_rows_of_its_own(
+    rows: list[TokenizedRow], spare: int, data: st.DataObject
+) -> None:
+    capacity = len(rows) + spare
+    plain = make_batch(rows, capacity)
+    tokens = plain.num_tokens + data.draw(st.integers(0, 30))
+    labels = plain.num_labels + data.draw(st.integers(0, tokens - plain.num_labels))
+    piece = data.draw(st.none() | st.integers(plain.max_seqlen, 40))
+    batch = make_batch(rows, capacity, tokens, labels, piece)
+    used = plain.num_tokens
+    for padded, real, nothing in (
+        (batch.input_ids, plain.input_ids, 0),
+        (batch.labels, plain.labels, -100),
+    ):
+        assert torch.equal(padded[:used], real)
+        assert padded[used:].tolist() == [nothing] * (tokens - used)
+    assert torch.equal(batch.position_ids[:used], plain.position_ids)
+    borders = batch.cu_seqlens.tolist()
+    assert borders[: capacity + 1] == plain.cu_seqlens.tolist()
+    # One border more where nothing bounds the rows of padding, else as many as could be needed.
+    assert len(borders) == capacity + 1 + (1 if piece is None else math.ceil(tokens / piece))
+    assert borders[-1] == tokens
+    lengths = [b - a for a, b in itertools.pairwise(borders)]
+    assert max(lengths) <= batch.max_seqlen == (piece or max(lengths))
+    counted = [at for length in lengths for at in range(length)]
+    assert batch.position_ids.tolist() == counted
+    assert len(batch.label_index) == len(batch.label_ids) == labels
+    assert torch.equal(batch.label_index[: plain.num_labels], plain.label_index)
+    assert torch.equal(batch.label_ids, batch.labels[batch.label_index])
+    assert int((batch.label_ids != -100).sum()) == plain.num_labels == batch.num_labels
+    assert (batch.num_tokens, batch.rows) == (used, plain.rows)
+
+
+def test_what_does_not_fit_a_bucket_is_refused() -> None:
+    rows = plain_rows(3)  # of three tokens and two labels each
+    with pytest.raises(ValueError, match="9 tokens"):
+        make_batch(rows, tokens=8)
+    with pytest.raises(ValueError, match="6 labels"):
+        make_batch(rows, tokens=12, labels=5)
+    with pytest.raises(ValueError, match="up to 3"):
+        make_batch(rows, tokens=12, max_seqlen=2)
+
+
+def test_a_micro_batch_takes_the_first_bucket_that_holds_it() -> None:
+    generator = np.random.default_rng(0)
+    rows = [
+        TokenizedRow(np.full(n, n, dtype=np.int32), generator.random(n) < 0.5, number)
+        for number, n in enumerate(generator.integers(2, 40, 50))
+    ]
+    buckets = [Bucket(160, 160, 40), Bucket(64, 32, 32), Bucket(64, 64, 40), Bucket(96, 40, 40)]
+    plain, padded = Batches(rows, 4, 2, seed=5), Batches(rows, 4, 2, seed=5, buckets=buckets)
+    taken = set()
+    for step in range(1, 21):
+        for one, other in zip(plain.step(step), padded.step(step), strict=True):
+            size = one.num_tokens, one.num_labels, one.max_seqlen
+            bucket = next(b for b in sorted(buckets) if b.holds(*size))
+            taken.add(bucket)
+            assert len(other.input_ids) == bucket.tokens
+            assert len(other.label_index) == bucket.labels
+            assert other.max_seqlen == bucket.max_seqlen
+            assert torch.equal(other.input_ids[: one.num_tokens], one.input_ids)
+            assert (other.rows, other.num_tokens) == (one.rows, one.num_tokens)
+    assert len(taken) == 4
+    with pytest.raises(ValueError, match="no bucket"):
+        Batches(rows, 4, 2, seed=5, buckets=[Bucket(32, 32, 32)]).step(1)
 
 
 @settings(deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -20,7 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte.data.batch import Batch
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.batching import make_batch
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.load import load_base
 from halfbyte.model.source import ModelSource, open_model
@@ -129,7 +131,7 @@ def test_codes_scales_and_logits(folder: Path, double: bool) -> None:
     with torch.no_grad():
         expected = reference.float()(input_ids=ids).logits[0]
     model = QLoRAModel(loaded.model, {}, torch.float32)
-    batch = Batch(ids[0], torch.arange(24), torch.tensor([0, 24]), torch.full((24,), -100), 24, 0)
+    batch = make_batch([TokenizedRow(ids[0].numpy(), np.zeros(24, dtype=bool), 0)])
     with torch.no_grad():
         got = model.logits(batch)
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()

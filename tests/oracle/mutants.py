@@ -6,7 +6,7 @@ that is loaded afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.data import batching
-from halfbyte.data.batch import Batch, TokenizedRow
+from halfbyte.data.batch import Batch
 from halfbyte.model import attention
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.optim.adamw import AdamW
@@ -56,25 +56,35 @@ def mean_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def _change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[Batch], Batch]) -> None:
     make_batch = batching.make_batch
 
-    def changed(rows: Sequence[TokenizedRow], capacity: int | None = None) -> Batch:
-        return change(make_batch(rows, capacity))
+    def changed(*args: Any, **kwargs: Any) -> Batch:
+        return change(make_batch(*args, **kwargs))
 
     monkeypatch.setattr(batching, "make_batch", changed)
 
 
+def _relabelled(batch: Batch, labels: Tensor) -> Batch:
+    """``batch`` with other labels, in all the forms in which it has them."""
+    index = torch.nonzero(labels != -100).squeeze(1)
+    return replace(
+        batch,
+        labels=labels,
+        label_index=index,
+        label_ids=labels[index],
+        num_labels=len(index),
+    )
+
+
 def labels_shifted_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A position learns the token that stands there, as labels that were never shifted do."""
-    _change_batches(monkeypatch, lambda b: replace(b, labels=b.labels.roll(1)))
+    _change_batches(monkeypatch, lambda b: _relabelled(b, b.labels.roll(1)))
 
 
 def end_unlabelled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing learns to predict the end-of-sequence token."""
 
-    def change(batch: Batch) -> Batch:
-        labels = batch.labels.masked_fill(batch.labels == 2, -100)
-        return replace(batch, labels=labels, num_labels=int((labels != -100).sum()))
-
-    _change_batches(monkeypatch, change)
+    _change_batches(
+        monkeypatch, lambda b: _relabelled(b, b.labels.masked_fill(b.labels == 2, -100))
+    )
 
 
 def attention_across_a_border(monkeypatch: pytest.MonkeyPatch) -> None:

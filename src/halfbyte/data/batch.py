@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,38 +39,58 @@ class TokenizedRow:
         return int(self.loss_mask[1:].sum())
 
 
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A shape that batches are padded to, so that few shapes repeat."""
+
+    tokens: int  # positions of the padded batch
+    labels: int  # entries of its label index
+    max_seqlen: int  # no row of it is longer, the rows of padding included
+
+    def holds(self, tokens: int, labels: int, longest: int) -> bool:
+        """Whether rows of so many tokens and labels in all, the longest of ``longest``, fit."""
+        return tokens <= self.tokens and labels <= self.labels and longest <= self.max_seqlen
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Rows end to end without padding; the one batch type of CPU and GPU.
+    """Rows end to end; the one batch type of CPU and GPU.
 
     ``input_ids`` and ``position_ids`` int64 [T], positions from 0 in each row; ``cu_seqlens``
     int32 [rows + 1], of fixed length: a batch with fewer rows repeats its last border (rows of
     length 0); ``labels`` int64 [T], already shifted: ``labels[t]`` is the token that position t
-    learns to predict, -100 where it learns nothing, so never the first token of the next row;
-    ``max_seqlen`` the longest row; ``num_labels`` the number of labels that are not -100;
-    ``rows`` the numbers of the rows in the source.
+    learns to predict, -100 where it learns nothing, so never the first token of the next row.
+
+    ``label_index`` int64 [n] are the positions whose label is not -100, ascending, and
+    ``label_ids`` int64 [n] their labels. A batch in a bucket has n of the bucket: position T - 1,
+    which never has a label, is repeated with the label -100.
+
+    A batch in a bucket also has T of the bucket: behind its rows lies padding (id 0, no label) in
+    rows of its own, which no row sees and which sees no row. ``num_tokens`` counts the tokens
+    without padding, ``num_labels`` the labels that are not -100. No row is longer than
+    ``max_seqlen``, rows of padding included: the longest row's length, or what the bucket states.
+    ``rows`` are the numbers of the rows in the source.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     labels: torch.Tensor
+    label_index: torch.Tensor
+    label_ids: torch.Tensor
     max_seqlen: int
+    num_tokens: int
     num_labels: int
-    rows: tuple[int, ...] = field(default=())
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.max_seqlen,
-            self.num_labels,
-            self.rows,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            label_index=self.label_index.to(device, non_blocking=True),
+            label_ids=self.label_ids.to(device, non_blocking=True),
         )
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.input_ids.numel())

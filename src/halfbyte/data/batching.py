@@ -7,17 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from halfbyte.data.batch import Batch, TokenizedRow
+from halfbyte.data.batch import Batch, Bucket, TokenizedRow
 
 IGNORED = -100  # the label of a position that learns nothing, as in torch's cross-entropy
 
 
-def make_batch(rows: Sequence[TokenizedRow], capacity: int | None = None) -> Batch:
+def make_batch(
+    rows: Sequence[TokenizedRow],
+    capacity: int | None = None,
+    tokens: int | None = None,
+    labels: int | None = None,
+    max_seqlen: int | None = None,
+) -> Batch:
     """Put ``rows`` end to end.
 
     ``cu_seqlens`` has ``capacity + 1`` borders (by default one more than there are rows); missing
     rows repeat the last border. A label never crosses a border: the last position of a row would
     predict the first token of the next, and the first token of a row is never learned.
+
+    With ``tokens`` the batch is padded at its end to so many positions, and with ``labels`` its
+    label index to so many entries. The padding is cut into rows of at most ``max_seqlen``, behind
+    ``ceil(tokens / max_seqlen)`` further borders (those not needed repeat ``tokens``), so that
+    the length of ``cu_seqlens`` follows from the capacity and the bucket alone. Without
+    ``max_seqlen`` it is one row, behind one further border.
+
+    Raises ValueError where the rows do not fit.
     """
     capacity = len(rows) if capacity is None else capacity
     if not 1 <= len(rows) <= capacity:
@@ -25,23 +39,60 @@ def make_batch(rows: Sequence[TokenizedRow], capacity: int | None = None) -> Bat
     lengths = np.array([len(row) for row in rows])
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    used = int(ends[-1])
+    total = used if tokens is None else tokens
+    longest = int(lengths.max())
+    if used > total or longest > (longest if max_seqlen is None else max_seqlen):
+        raise ValueError(
+            f"{used} tokens in rows of up to {longest} do not fit a batch of {total} in rows of "
+            f"up to {max_seqlen}"
+        )
     learned = np.concatenate([row.loss_mask for row in rows])
     learned[starts] = False
-    labels = np.full_like(ids, IGNORED)
-    labels[:-1][learned[1:]] = ids[1:][learned[1:]]
-    borders = np.full(capacity + 1, ends[-1], dtype=np.int32)
-    borders[0] = 0
-    borders[1 : len(rows) + 1] = ends
+    ids = np.zeros(total, dtype=np.int64)
+    np.concatenate([row.input_ids for row in rows], out=ids[:used])
+    shifted = np.full(total, IGNORED, dtype=np.int64)
+    shifted[: used - 1][learned[1:]] = ids[1:used][learned[1:]]
+    borders = _borders(ends, capacity, tokens, max_seqlen)
+    num_labels = int(learned.sum())
+    index = _label_index(learned, total, num_labels if labels is None else labels)
     return Batch(
         input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths)),
+        position_ids=torch.from_numpy(
+            np.arange(total) - np.repeat(borders[:-1].astype(np.int64), np.diff(borders))
+        ),
         cu_seqlens=torch.from_numpy(borders),
-        labels=torch.from_numpy(labels),
-        max_seqlen=int(lengths.max()),
-        num_labels=int(learned.sum()),
+        labels=torch.from_numpy(shifted),
+        label_index=torch.from_numpy(index),
+        label_ids=torch.from_numpy(shifted[index]),
+        max_seqlen=int(np.diff(borders).max()) if max_seqlen is None else max_seqlen,
+        num_tokens=used,
+        num_labels=num_labels,
         rows=tuple(row.row for row in rows),
     )
+
+
+def _borders(
+    ends: np.ndarray, capacity: int, tokens: int | None, max_seqlen: int | None
+) -> np.ndarray:
+    """``cu_seqlens`` of rows that end at ``ends``, and of the padding up to ``tokens``."""
+    used = int(ends[-1])
+    borders = np.full(capacity + 1, used, dtype=np.int32)
+    borders[0] = 0
+    borders[1 : len(ends) + 1] = ends
+    if tokens is None:
+        return borders
+    piece = tokens if max_seqlen is None else max_seqlen
+    padding = used + piece * np.arange(1, -(-tokens // piece) + 1)
+    return np.concatenate([borders, np.minimum(padding, tokens).astype(np.int32)])
+
+
+def _label_index(learned: np.ndarray, total: int, count: int) -> np.ndarray:
+    """Positions before the tokens that are ``learned``, and the last position up to ``count``."""
+    at = np.flatnonzero(learned) - 1
+    if len(at) > count:
+        raise ValueError(f"{len(at)} labels do not fit a batch of {count}")
+    return np.concatenate([at, np.full(count - len(at), total - 1)])
 
 
 class Batches:
@@ -51,6 +102,9 @@ class Batches:
     into steps of ``batch_size`` × ``gradient_accumulation`` rows; its last step and last
     micro-batch may be smaller, and nothing crosses into the next epoch. A step depends on nothing
     but the seed and its number, so the position to go on from is that number.
+
+    With ``buckets`` each micro-batch is padded to the first of them, in their order, that holds
+    it; ValueError where none does.
     """
 
     def __init__(
@@ -59,6 +113,7 @@ class Batches:
         batch_size: int,
         gradient_accumulation: int,
         seed: int,
+        buckets: Sequence[Bucket] | None = None,
     ) -> None:
         if not rows:
             raise ValueError("there are no rows to make batches of")
@@ -66,6 +121,7 @@ class Batches:
         self.batch_size = batch_size
         self.rows_per_step = batch_size * gradient_accumulation
         self.seed = seed
+        self.buckets = None if buckets is None else sorted(buckets)
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch used last
 
     @property
@@ -74,14 +130,15 @@ class Batches:
 
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of optimizer step ``number``, from 1."""
+        return [self._batch([self.rows[i] for i in chosen]) for chosen in self.positions(number)]
+
+    def positions(self, number: int) -> list[np.ndarray]:
+        """Positions in ``rows`` of each micro-batch of step ``number``, from 1."""
         if number < 1:
             raise ValueError(f"steps are counted from 1, not {number}")
         epoch, at = divmod(number - 1, self.steps_per_epoch)
         chosen = self.order(epoch)[at * self.rows_per_step : (at + 1) * self.rows_per_step]
-        return [
-            make_batch([self.rows[i] for i in chosen[k : k + self.batch_size]], self.batch_size)
-            for k in range(0, len(chosen), self.batch_size)
-        ]
+        return [chosen[k : k + self.batch_size] for k in range(0, len(chosen), self.batch_size)]
 
     def order(self, epoch: int) -> np.ndarray:
         """Positions in ``rows`` in the order of ``epoch``, from 0; int64 [rows]."""
@@ -89,3 +146,12 @@ class Batches:
             generator = np.random.default_rng([self.seed, epoch])
             self._order = (epoch, generator.permutation(len(self.rows)))
         return self._order[1]
+
+    def _batch(self, rows: list[TokenizedRow]) -> Batch:
+        if self.buckets is None:
+            return make_batch(rows, self.batch_size)
+        size = (sum(map(len, rows)), sum(row.num_labels for row in rows), max(map(len, rows)))
+        bucket = next((b for b in self.buckets if b.holds(*size)), None)
+        if bucket is None:
+            raise ValueError(f"no bucket holds {size[0]} tokens with {size[1]} labels")
+        return make_batch(rows, self.batch_size, bucket.tokens, bucket.labels, bucket.max_seqlen)

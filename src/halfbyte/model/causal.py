@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from halfbyte.data.batch import Batch
+from halfbyte.data.batch import Batch, TokenizedRow
+from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
 from halfbyte.kernels.loss import cross_entropy_sum
 from halfbyte.model.attention import set_attention, use_varlen_attention
@@ -184,15 +186,11 @@ def _check_logits(model: QLoRAModel, theirs: Tensor) -> None:
     They do not where the network has an attention of its own, which sees across the border, or
     does something to scores, hidden states or logits that we do not know of.
     """
-    lengths = [len(row) for row in _ROWS]
-    ids = torch.tensor([token for row in _ROWS for token in row])
-    batch = Batch(
-        input_ids=ids,
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        cu_seqlens=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
-        labels=torch.full_like(ids, -100),
-        max_seqlen=max(lengths),
-        num_labels=0,
+    batch = make_batch(
+        [
+            TokenizedRow(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool), row)
+            for row, ids in enumerate(_ROWS)
+        ]
     )
     ours = model.logits(batch)
     model.network.train()

@@ -43,23 +43,24 @@ def techniques(
 def _checkpointing(
     on: bool, model: QLoRAModel, rows: Sequence[TokenizedRow], batch: Batch
 ) -> Technique:
-    # Counted on the shortest row, then scaled by tokens: what is kept grows with the tokens, and
-    # a whole batch kept without recomputing might not fit, which is why it may be on.
+    # Counted on the shortest row, then scaled by positions, padding included: what is kept grows
+    # with them, and a batch kept whole without recomputing might not fit, hence it may be on.
     short = make_batch([min(rows, key=len)])
     model.use_gradient_checkpointing(False)
     whole = saved_bytes(model, short)
     model.use_gradient_checkpointing(True)
     recomputed = saved_bytes(model, short)
     model.use_gradient_checkpointing(on)
-    per_token = batch.num_tokens / short.num_tokens
+    positions = len(batch.input_ids)
+    per_token = positions / len(short.input_ids)
     saved = int((whole - recomputed) * per_token)
     figures = {
-        "tokens": float(batch.num_tokens),
+        "tokens": float(positions),
         "bytes kept without": whole * per_token,
         "bytes kept with": recomputed * per_token,
         "bytes saved": float(saved) if on else 0.0,
     }
-    tokens = f"{batch.num_tokens:,} tokens"
+    tokens = f"{positions:,} tokens"
     if on:
         text = (
             f"Each layer was computed again in the backward pass, so that a batch of {tokens} kept "
