@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.triton_shim import tl, triton
+
 _MASK_32 = 0xFFFFFFFF
 _M1, _M2 = 0x85EBCA6B, 0xC2B2AE35
 
@@ -57,13 +59,14 @@ def dropout_key(seed: int, step: int, micro_batch: int, module: int) -> tuple[in
 def keep_mask(
     shape: tuple[int, ...],
     p: float,
-    key: tuple[int, int],
+    key: tuple[int, int] | Tensor,
     device: torch.device,
     dtype: torch.dtype = torch.bool,
 ) -> Tensor:
     """1 where an element is kept, which is with probability 1 - p, else 0: ``shape`` in ``dtype``.
 
-    p is rounded to a multiple of 2⁻¹⁶. On a CPU ask for the type of what it is multiplied with:
+    ``key`` is what :func:`dropout_key` gives, or a row of :func:`dropout_keys`, which the host need
+    not know. p is rounded to a multiple of 2⁻¹⁶. On a CPU ask for the type of what it is multiplied with:
     610 × 576 comparisons written as fp32 and one product take 70 µs there, the same written as
     bool and a torch.where take 270.
     """
@@ -77,6 +80,62 @@ def keep_mask(
     return kept.view(shape)
 
 
-def dropout(x: Tensor, p: float, key: tuple[int, int]) -> Tensor:
+def dropout(x: Tensor, p: float, key: tuple[int, int] | Tensor) -> Tensor:
     """``x`` with a share ``p`` of its elements zeroed and the rest scaled by 1 / (1 - p)."""
     return x * keep_mask(tuple(x.shape), p, key, x.device, x.dtype) * (1.0 / (1.0 - p))
+
+
+def drop_threshold(p: float) -> int:
+    """An element is dropped where its 16 bits, taken as an unsigned number, lie below this."""
+    return round(p * 2**16)
+
+
+def dropout_keys_reference(seed: int, position: Tensor, keys: Tensor) -> None:
+    """:func:`dropout_keys` through the host."""
+    step, micro_batch = position.tolist()
+    found = [dropout_key(seed, step, micro_batch, module) for module in range(len(keys))]
+    keys.copy_(torch.tensor(found, dtype=torch.int32))
+
+
+def dropout_keys(seed: int, position: Tensor, keys: Tensor) -> None:
+    """Write the keys of all modules' masks into ``keys`` int32 [modules, 2].
+
+    ``position`` int64 [2] holds step and micro-batch on the device, so that a captured graph makes
+    new masks each time it is replayed.
+    """
+    block = triton.next_power_of_2(len(keys))
+    _dropout_keys[(1,)](position, keys, seed & _MASK_32, len(keys), BLOCK=block)
+
+
+@triton.jit
+def mix_32(h: tl.tensor) -> tl.tensor:
+    """MurmurHash3's finalizer of uint32 ``h``."""
+    h ^= h >> 16
+    h *= 0x85EBCA6B
+    h ^= h >> 13
+    h *= 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def kept_pairs(pair, multiplier, offset, threshold):  # type: ignore[no-untyped-def]
+    """Whether the even and the odd element of each pair (its number, uint32) is kept."""
+    h = mix_32(pair * multiplier + offset)
+    # A signed number that is not below threshold - 2^15 is, with its top bit turned, an unsigned
+    # one that is not below threshold.
+    even = ((h & 0xFFFF) ^ 0x8000) >= threshold
+    odd = ((h >> 16) ^ 0x8000) >= threshold
+    return even, odd
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _dropout_keys(position, keys, seed, modules, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    module = tl.arange(0, BLOCK)
+    h = tl.full((BLOCK,), 0x9E3779B9, tl.uint32)
+    h = mix_32((h ^ seed.to(tl.uint32)) + 0x9E3779B9)
+    h = mix_32((h ^ tl.load(position).to(tl.uint32)) + 0x9E3779B9)
+    h = mix_32((h ^ tl.load(position + 1).to(tl.uint32)) + 0x9E3779B9)
+    h = mix_32((h ^ module.to(tl.uint32)) + 0x9E3779B9)
+    multiplier = mix_32(h ^ 0x7F4A7C15) | 1
+    tl.store(keys + 2 * module, multiplier.to(tl.int32, bitcast=True), mask=module < modules)
+    tl.store(keys + 2 * module + 1, h.to(tl.int32, bitcast=True), mask=module < modules)
