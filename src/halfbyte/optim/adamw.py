@@ -6,6 +6,9 @@
 Rate, clipping factor, step count and whether there is an update at all are tensors on the
 device, so that a step never waits for it and can be captured in a CUDA graph. Where there is no
 update, nothing changes: not the weights, not the moments, not the step count.
+
+With ``use_kernels`` and Triton a step on a GPU is two or three launches
+(:mod:`halfbyte.kernels.adamw`); the PyTorch code here is what they are measured by.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import triton_shim
+from halfbyte.kernels.adamw import adamw_32bit_, adamw_scalars_
 from halfbyte.optim.flat import FlatParameters
 from halfbyte.recipe.schema import TrainingRecipe
 
@@ -38,6 +43,21 @@ class Moments(Protocol):
         """Keep ``m`` and ``v`` where ``do_update``, else what is there."""
         ...
 
+    def update_parameters(
+        self,
+        data: Tensor,
+        grad: Tensor,
+        scalars: Tensor,
+        do_update: Tensor,
+        *,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        shadow: Tensor | None,
+    ) -> None:
+        """The whole update by a kernel: these moments and their part of ``data``."""
+        ...
+
     def state_tensors(self) -> dict[str, Tensor]: ...
 
 
@@ -58,19 +78,56 @@ class Moments32:
         keep(self.m[at], m, do_update)
         keep(self.v[at], v, do_update)
 
+    def update_parameters(
+        self,
+        data: Tensor,
+        grad: Tensor,
+        scalars: Tensor,
+        do_update: Tensor,
+        *,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        shadow: Tensor | None,
+    ) -> None:
+        at = slice(self.start, self.stop)
+        adamw_32bit_(
+            data[at],
+            grad[at],
+            self.m,
+            self.v,
+            scalars,
+            do_update,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            shadow=None if shadow is None else shadow[at],
+        )
+
     def state_tensors(self) -> dict[str, Tensor]:
         return {"m": self.m, "v": self.v}
 
 
 class AdamW:
-    """AdamW with 32-bit state; :mod:`halfbyte.optim.adamw_8bit` has other moments."""
+    """AdamW with 32-bit state; :mod:`halfbyte.optim.adamw_8bit` has other moments.
 
-    def __init__(self, parameters: FlatParameters, training: TrainingRecipe) -> None:
+    ``use_kernels`` allows Triton's kernels on a GPU; without Triton or on a CPU it means nothing.
+    ``shadow`` may be set to a tensor [n] of another floating type, which from then on receives the
+    parameters of each update, rounded. Until the first update it holds what it was filled with.
+    """
+
+    def __init__(
+        self, parameters: FlatParameters, training: TrainingRecipe, *, use_kernels: bool = False
+    ) -> None:
         self.parameters = parameters
         self.beta1, self.beta2 = training.adam_beta1, training.adam_beta2
         self.eps, self.weight_decay = training.adam_epsilon, training.weight_decay
         self.count = torch.zeros((), dtype=torch.int64, device=parameters.data.device)
         self.moments = self._make_moments()
+        on_gpu = parameters.data.device.type == "cuda"
+        self.use_kernels = use_kernels and on_gpu and triton_shim.INSTALLED
+        self.scalars = torch.zeros(4, device=parameters.data.device)
+        self.shadow: Tensor | None = None
 
     def _make_moments(self) -> list[Moments]:
         data = self.parameters.data
@@ -83,6 +140,9 @@ class AdamW:
         ``lr`` and ``clip_scale`` are fp32 scalars, ``do_update`` a bool scalar, all on the
         parameters' device.
         """
+        if self.use_kernels:
+            self._step_by_kernels(lr, clip_scale, do_update)
+            return
         self.count += do_update
         # A sound exponent for the step that is thrown away at count 0; corrections in fp64, since
         # 1 - β₂ᵗ cancels three digits at the first step.
@@ -105,6 +165,31 @@ class AdamW:
                 change = (m * step_size).div_((v.sqrt() / root).add_(self.eps))
                 keep(p, change.add_(p if decay is None else p * decay), do_update)
                 moments.write(start, stop, m, v, do_update)
+                if self.shadow is not None:
+                    self.shadow[start:stop] = p
+
+    def _step_by_kernels(self, lr: Tensor, clip_scale: Tensor, do_update: Tensor) -> None:
+        adamw_scalars_(
+            self.count,
+            lr,
+            clip_scale,
+            do_update,
+            self.scalars,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+        )
+        for moments in self.moments:
+            moments.update_parameters(
+                self.parameters.data,
+                self.parameters.grad,
+                self.scalars,
+                do_update,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                eps=self.eps,
+                shadow=self.shadow,
+            )
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What the next step depends on, by name; views, not copies."""

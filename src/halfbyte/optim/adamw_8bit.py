@@ -18,6 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.adamw import adamw_8bit_, search_table
 from halfbyte.kernels.nf4 import dynamic_map
 from halfbyte.optim.adamw import AdamW, Moments, Moments32, keep
 from halfbyte.optim.flat import BLOCK
@@ -34,6 +35,11 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 def _borders(signed: bool, device: torch.device) -> Tensor:
     book = _map(signed, device)
     return (book[:-1] + book[1:]) / 2
+
+
+@cache
+def _search_table(signed: bool, device: torch.device) -> Tensor:
+    return search_table(dynamic_map(signed)).to(device)
 
 
 @cache
@@ -79,6 +85,7 @@ class Moments8:
         self.absmax_v = torch.zeros(stop // BLOCK, device=device)
         for signed in (True, False):  # now: a graph that is captured later cannot copy them over
             _borders(signed, self.codes_m.device)
+            _search_table(signed, self.codes_m.device)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         blocks = slice(start // BLOCK, stop // BLOCK)
@@ -96,6 +103,35 @@ class Moments8:
             new_codes, new_absmax = quantize_moments(values, signed)
             keep(codes[start:stop], new_codes, do_update)
             keep(absmax[blocks], new_absmax, do_update)
+
+    def update_parameters(
+        self,
+        data: Tensor,
+        grad: Tensor,
+        scalars: Tensor,
+        do_update: Tensor,
+        *,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        shadow: Tensor | None,
+    ) -> None:
+        adamw_8bit_(
+            data[: self.stop],
+            grad[: self.stop],
+            self.codes_m,
+            self.absmax_m,
+            self.codes_v,
+            self.absmax_v,
+            scalars,
+            do_update,
+            _search_table(True, data.device),
+            _search_table(False, data.device),
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            shadow=None if shadow is None else shadow[: self.stop],
+        )
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {

@@ -8,11 +8,18 @@ from halfbyte.optim.flat import FlatParameters
 from halfbyte.recipe.schema import Optimizer, TrainingRecipe
 
 
-def make_optimizer(name: Optimizer, parameters: FlatParameters, training: TrainingRecipe) -> AdamW:
+def make_optimizer(
+    name: Optimizer,
+    parameters: FlatParameters,
+    training: TrainingRecipe,
+    *,
+    use_kernels: bool = False,
+) -> AdamW:
     """The optimizer ``name`` of ``parameters``, with β, ε and weight decay of ``training``.
 
     ``paged_adamw_8bit`` computes what ``adamw_8bit`` does; its state stays where the adapter is.
+    ``use_kernels`` allows Triton's kernels where there are Triton and a GPU.
     """
     if name == "adamw":
-        return AdamW(parameters, training)
-    return AdamW8bit(parameters, training)
+        return AdamW(parameters, training, use_kernels=use_kernels)
+    return AdamW8bit(parameters, training, use_kernels=use_kernels)
