@@ -102,12 +102,15 @@ def backward_tiles(head_dim: int, max_seqlen: int, element_size: int, roomy: boo
     if element_size == 4:
         return Tiles(32 if width <= 128 else 16, 16, 4, 1, False)
     if width == 256:
-        return Tiles(64, 16, 8, 1, max_seqlen > SHORT)
+        # With 64 keys the sums of dk and dv alone fill a thread's registers, and spill.
+        return Tiles(32, 32, 8, 2, max_seqlen > SHORT)
     if width == 128:
-        if max_seqlen > SHORT and roomy:
-            return Tiles(128, 64, 8, 2, True)
-        return Tiles(64, 32, 4, 2, max_seqlen > SHORT)
+        if max_seqlen <= SHORT:
+            # Steps of 32, since dk and dv take 128 registers of a thread.
+            return Tiles(64, 32, 4, 2, False)
+        return Tiles(128, 64 if roomy else 32, 8, 2, True)
     if max_seqlen <= SHORT:
+        # Two programs a multiprocessor; as many as there can be of this many registers.
         return Tiles(64, 64, 4, 2, False)
     return Tiles(128, 64, 8, 3, True)
 
