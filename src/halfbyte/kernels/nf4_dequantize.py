@@ -69,7 +69,7 @@ def nf4_dequantize_reference(
     out[:, :columns] = flat.view(rows, columns)
 
 
-@triton.jit(do_not_specialize=["words", "second", "third", "fourth"])
+@triton.jit(do_not_specialize=["rows", "second", "third", "fourth"])
 def _nf4_dequantize(  # type: ignore[no-untyped-def]
     codes,
     absmax,
@@ -78,7 +78,7 @@ def _nf4_dequantize(  # type: ignore[no-untyped-def]
     out,
     book,
     dynamic,
-    words,
+    rows,
     second,
     third,
     fourth,
@@ -90,7 +90,8 @@ def _nf4_dequantize(  # type: ignore[no-untyped-def]
     WORDS: tl.constexpr,
 ):
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    inside = word < words
+    # A row's words are a multiple of four, which the compiler has to see to load several at once.
+    inside = word < rows * (COLUMNS // CODES)
     packed = tl.load(codes + word, mask=inside, other=0, eviction_policy="evict_first")
     block = word // (BLOCK_SIZE // CODES)
     scale = tl.load(absmax + block, mask=inside, other=0)
@@ -155,8 +156,7 @@ def nf4_dequantize(
     # Words need blocks of whole words and an aligned first one; bytes always do.
     per_word = 8 if block_size % 8 == 0 and codes.storage_offset() % 4 == 0 else 2
     book, dynamic = _tables(out.device)
-    words = rows * columns // per_word
-    _nf4_dequantize[(triton.cdiv(words, _VALUES // per_word),)](
+    _nf4_dequantize[(triton.cdiv(rows * columns, _VALUES),)](
         codes.view(torch.int32) if per_word == 8 else codes,
         absmax,
         nested,
@@ -164,7 +164,7 @@ def nf4_dequantize(
         out,
         book,
         dynamic,
-        words,
+        rows,
         *(*part_blocks[1:], _LAST, _LAST, _LAST)[: _MOST_PARTS - 1],
         COLUMNS=columns,
         STRIDE=out.stride(0),
