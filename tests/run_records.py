@@ -19,6 +19,7 @@ from halfbyte.events.types import (
     Checked,
     Checkpointed,
     Choice,
+    Diverged,
     Energy,
     Environment,
     Evaluated,
@@ -279,11 +280,11 @@ def write_run(
 ) -> Path:
     """Write the records of a run of ``done`` steps into ``folder``.
 
-    ``end`` is "finished", "interrupted" or "cut" (the process died); ``adapter_at_end`` the
-    held-out loss that the last evaluation approaches, and ``worse_after`` the step after which it
-    rises; ``rises`` lets the training loss rise; ``resume`` = (a, b) lets a first process die
-    after step a and a second go on from the checkpoint of step b; ``losses`` sets the loss of
-    steps; ``events`` changes fields of events by their kind.
+    ``end`` is "finished", "interrupted", "diverged" or "cut" (the process died);
+    ``adapter_at_end`` the held-out loss that the last evaluation approaches, and ``worse_after``
+    the step after which it rises; ``rises`` lets the training loss rise; ``resume`` = (a, b) lets
+    a first process die after step a and a second go on from the checkpoint of step b; ``losses``
+    sets the loss of steps; ``events`` changes fields of events by their kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(effective, encoding="utf-8")
@@ -331,6 +332,9 @@ def write_run(
         if done % EVERY:
             writer(Checkpointed(done, f"checkpoints/step-{done}"))
         writer(Interrupted(done, "SIGINT"))
+    elif end == "diverged":
+        reason = f"the loss of step {done:,} is NaN on rows 4, 9, 32 and 121"
+        writer(Diverged(done, reason, [3, 8, 31, 120], "checkpoints/step-48"))
     elif end == "finished":
         _finish(writer, script, done, held_out, base, answers, checks)
     writer.log.close()

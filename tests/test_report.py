@@ -293,6 +293,17 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["The adapter that is kept"],
     ),
     (
+        "diverged",
+        {"done": 57, "end": "diverged", "losses": {57: float("nan")}},
+        [
+            "not finished",
+            "stopped at step 57 of 120",
+            "because the loss of step 57 is NaN on rows 4, 9, 32 and 121",
+            "checkpoints/step-48 is the last good checkpoint",
+        ],
+        ["SIGINT", "breaks off", "The adapter that is kept"],
+    ),
+    (
         "cut off",
         {"done": 30, "end": "cut"},
         ["not finished", "breaks off after step 30 of 120", "No adapter has been saved yet"],

@@ -24,6 +24,10 @@ BEST = "the adapter that is kept has the lowest"
 AGAIN = "the saved adapter read again"
 
 LATE_RISE = dict.fromkeys(range(2 * PER_EPOCH + 1, 3 * PER_EPOCH + 1), 4.0)
+# Every step overflowed fp16.
+OVERFLOWED: dict[str, Any] = {
+    "events": {"step": {"skipped": True}, "training_started": {"precision": "fp16"}}
+}
 
 CASES: list[tuple[str, dict[str, Any], bool | None]] = [
     (ALL_STEPS, {}, True),
@@ -34,11 +38,9 @@ CASES: list[tuple[str, dict[str, Any], bool | None]] = [
     (FINITE, {"losses": {33: float("nan")}}, False),
     (FINITE, {"losses": {33: float("inf")}}, False),
     (FINITE, {"events": {"step": {"skipped": True}}}, False),
-    (
-        FINITE,
-        {"events": {"step": {"skipped": True}, "training_started": {"precision": "fp16"}}},
-        True,
-    ),
+    (FINITE, OVERFLOWED, True),
+    (FINITE, {**OVERFLOWED, "losses": {33: float("nan")}}, True),
+    (FINITE, {**OVERFLOWED, "done": 57, "end": "diverged"}, False),
     (FINITE, {"done": 0, "end": "cut"}, None),
     (SHARE, {}, True),
     (SHARE, {"events": {"model": {"parameters_trainable": 10_000_000}}}, False),

@@ -26,5 +26,9 @@ class RunError(HalfbyteError):
     """A run folder cannot be written, read or continued."""
 
 
+class DivergenceError(RunError):
+    """The loss or the weights of a run are no longer finite numbers."""
+
+
 class DeviceError(HalfbyteError):
     """What the recipe states cannot be done on this machine."""

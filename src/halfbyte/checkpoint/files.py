@@ -33,6 +33,7 @@ class CheckpointState:
     versions: dict[str, str]
     device: str
     fingerprint: str  # of what must be the same for the run to go on
+    skipped: int = 0  # of the finished steps, those that made no update
 
 
 def save_checkpoint(folder: Path, state: CheckpointState, tensors: dict[str, Tensor]) -> Path:

@@ -35,6 +35,7 @@ from halfbyte.events.types import (
     Audited,
     Checked,
     Choice,
+    Diverged,
     Evaluated,
     Event,
     Fallback,
@@ -118,7 +119,7 @@ class Display:
                 self.line(check_text(event), "green" if event.passed else "bold red")
             case Kept():
                 self._stop_bar()
-            case Finished() | Interrupted():
+            case Finished() | Interrupted() | Diverged():
                 self._stop_bar()
                 self._begin_phase("report")
             case _:

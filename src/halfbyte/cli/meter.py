@@ -42,7 +42,8 @@ class Meter:
             self._began = time.time() - step.seconds
         self.last = step
         self.done = step.step
-        self._window.append(step.loss)
+        if math.isfinite(step.loss) or not step.skipped:
+            self._window.append(step.loss)
         self._recent.append(step)
         if math.isfinite(step.loss):
             self._smooth = SMOOTHING * self._smooth + (1 - SMOOTHING) * step.loss

@@ -275,6 +275,17 @@ class Interrupted(Event):
 
 
 @dataclass(frozen=True)
+class Diverged(Event):
+    """The loss or the weights were no longer finite, and the run stopped."""
+
+    kind: ClassVar[str] = "diverged"
+    step: int
+    reason: str  # "the loss of step 7 is NaN"
+    rows: list[int]  # numbers in the source, from 0, of the step's batches
+    checkpoint: str | None = None  # the last good one, relative to the run folder
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     """The last step was done and the adapter is saved."""
 

@@ -41,7 +41,8 @@ def state(story: Story) -> str:
     if story.finished is not None:
         return "finished"
     done = f"step {figures.count(story.last_step)} of {figures.count(story.planned_steps)}"
-    return f"stopped at {done}" if story.interrupted else f"not finished: {done}"
+    stopped = story.interrupted or story.diverged
+    return f"stopped at {done}" if stopped else f"not finished: {done}"
 
 
 def cut(text: str, longest: int) -> str:

@@ -113,6 +113,13 @@ def _what_was_done(story: Story) -> str:
             f"({story.interrupted.signal}) after step {done} of {planned}, and a checkpoint holds "
             "that step."
         )
+    if story.diverged is not None:
+        back = story.diverged.checkpoint
+        return (
+            f"This run is not finished: the training of {story.model_name} was stopped at step "
+            f"{done} of {planned}, because {story.diverged.reason}, and "
+            + (f"{back} is the last good checkpoint." if back else "there is no checkpoint.")
+        )
     return (
         f"This run is not finished: the record of training {story.model_name} on {rows} breaks "
         f"off after step {done} of {planned}, because it still goes on or was cut off."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from halfbyte.events.types import (
     Checked,
     Checkpointed,
     Choice,
+    Diverged,
     Energy,
     Environment,
     Evaluated,
@@ -93,6 +95,7 @@ class Story:
     checks: list[Checked]
     artifacts: list[Artifact]
     interrupted: Interrupted | None
+    diverged: Diverged | None
     finished: Finished | None
     missing: list[str] = field(default_factory=list)  # files of the folder that were not there
 
@@ -152,8 +155,16 @@ class Story:
         if step > self.last_step:
             return None
         first = step - self.recipe.training.logging_steps + 1
-        losses = [s.loss for s in self.steps if first <= s.step <= step]
+        losses = [s.loss for s in self.steps if first <= s.step <= step and counts(s)]
         return sum(losses) / len(losses) if losses else None
+
+
+def counts(step: Step) -> bool:
+    """Whether the step's loss belongs in a mean: not where fp16 overflowed and nothing came of it.
+
+    A loss that is not finite and did change the weights is to be seen.
+    """
+    return math.isfinite(step.loss) or not step.skipped
 
 
 def read_story(folder: Path) -> Story:
@@ -241,6 +252,7 @@ def _tell(
         checks=list({e.name: e for e in _only(last, Checked)}.values()),
         artifacts=sorted({e.path: e for e in _only(last, Artifact)}.values(), key=_place),
         interrupted=None if finished else _last(_only(last, Interrupted)),
+        diverged=None if finished else _last(_only(last, Diverged)),
         finished=finished,
         missing=missing,
     )

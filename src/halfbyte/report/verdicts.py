@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from halfbyte.report import figures
-from halfbyte.report.story import Story
+from halfbyte.report.story import Story, counts
 
 # LoRA at usual ranks trains a few per cent of a small model and less of a large one; more than
 # this share means that something other than an adapter was trained.
@@ -59,10 +59,11 @@ def epoch_means(story: Story) -> list[EpochMean]:
     while length:
         first, last = len(means) * length + 1, (len(means) + 1) * length
         steps = [s for s in story.steps if first <= s.step <= last]
-        labels = sum(s.labels for s in steps)
+        counted = [s for s in steps if counts(s)]
+        labels = sum(s.labels for s in counted)
         if len(steps) < length or not labels:
             break
-        mean = sum(s.loss * s.labels for s in steps) / labels
+        mean = sum(s.loss * s.labels for s in counted) / labels
         means.append(EpochMean(len(means) + 1, mean, first, last))
     return means
 
@@ -84,7 +85,12 @@ def _finite(story: Story) -> Verdict:
         return Verdict(name, None, "no step was made")
     # With loss scaling (fp16) a skipped update is how the scale is found, and no fault.
     scaled = story.plan is not None and story.plan.precision == "fp16"
-    bad = [s.step for s in story.steps if not math.isfinite(s.loss) or (s.skipped and not scaled)]
+    stopped_at = story.diverged.step if story.diverged else None
+    bad = [
+        s.step
+        for s in story.steps
+        if s.step == stopped_at or (not scaled if s.skipped else not math.isfinite(s.loss))
+    ]
     skipped = sum(s.skipped for s in story.steps)
     detail = (
         f"not so at {_some_steps(bad)}" if bad else f"all {figures.many(len(story.steps), 'step')}"

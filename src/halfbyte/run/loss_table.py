@@ -14,6 +14,7 @@ from typing import Any
 
 from halfbyte.events.types import (
     Checked,
+    Diverged,
     Evaluated,
     Event,
     Fallback,
@@ -96,6 +97,9 @@ class Losses:
             case Interrupted(step):
                 self.status = f"stopped after step {step:,}"
                 return self.status
+            case Diverged(_, reason):
+                self.status = f"stopped: {reason}"
+                return self.status
             case Finished(step, seconds):
                 self.status = f"finished {step:,} steps in {seconds:,.0f} s"
                 return self.status
@@ -112,12 +116,13 @@ class Losses:
 
     def _step(self, step: Step) -> str | None:
         self.last = step
-        self._window.append(step.loss)
+        if math.isfinite(step.loss) or not step.skipped:
+            self._window.append(step.loss)
         self._recent.append(step)
         ends = self.started is not None and step.step == self.started.steps
         if step.step % self.logging_steps and not ends:
             return None
-        mean = sum(self._window) / len(self._window)
+        mean = sum(self._window) / len(self._window) if self._window else math.nan
         self._window.clear()
         self.lines.append(Line(step.step, step.epoch, mean, None, step.learning_rate))
         return (

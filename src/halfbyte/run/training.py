@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import halfbyte
-from halfbyte.errors import HalfbyteError, RunError
+from halfbyte.errors import DivergenceError, HalfbyteError, RunError
 from halfbyte.events import Emit
 from halfbyte.events.types import Finished, Interrupted, RunStarted, StopAsked, TrainingStarted
 from halfbyte.loop.steps import run_steps
@@ -30,6 +30,9 @@ from halfbyte.run.resume import Resumed, open_resumed
 from halfbyte.run.setup import Trainer, load_model, make_trainer
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
+
+# How many steps the losses of a GPU are read late, so that it never waits for the host.
+LAG = 8
 
 
 def train(
@@ -55,7 +58,9 @@ def train(
     earlier than the recipe does; ``resume`` goes on with an interrupted run's folder, and then
     the recipe is the one in it. ``listeners`` are called with every event.
 
-    Raises a HalfbyteError, and leaves nothing behind, for whatever is wrong before step 1.
+    Raises a HalfbyteError, and leaves nothing behind, for whatever is wrong before step 1; raises
+    DivergenceError, with the folder and its report as they are by then, where the loss or the
+    adapter is no longer finite.
     """
     began = time.time()
     record = RunRecord(listeners)
@@ -162,22 +167,30 @@ def _run(
     )
     watch = Watch(assembly, trainer, record, folder)
     first = 1 if resumed is None else resumed.state.step + 1
-    with StopRequest(lambda name: record.tell(StopAsked(name))) as stop:
-        if resumed is None:
-            watch.evaluate_start()
-        else:
-            watch.go_on_from(resumed.state, resumed.best)
-        last = run_steps(
-            trainer.step,
-            assembly.batches.step,
-            first=first,
-            last=resolved.steps,
-            after=[watch.note_step, watch.evaluate, watch.checkpoint],
-            stop=lambda: stop.requested,
-        )
+    try:
+        with StopRequest(lambda name: record.tell(StopAsked(name))) as stop:
+            if resumed is None:
+                watch.evaluate_start()
+            else:
+                watch.go_on_from(resumed.state, resumed.best)
+            last = run_steps(
+                trainer.step,
+                assembly.batches.step,
+                first=first,
+                last=resolved.steps,
+                after=[watch.note_step, watch.evaluate, watch.checkpoint],
+                stop=lambda: stop.requested,
+                lag=0 if assembly.device.kind == "cpu" else LAG,
+                needs_state=watch.needs_state,
+            )
+        if last < resolved.steps:
+            watch.save(last)
+    except DivergenceError:
+        watch.note_energy()
+        Run.make(folder, interrupted=True)  # writes the report of what there is
+        raise
     watch.note_energy()
     if last < resolved.steps:
-        watch.save(last)
         record(Interrupted(last, stop.name))
         return Run.make(folder, interrupted=True)
     end_run(assembly, trainer, watch, record, folder)

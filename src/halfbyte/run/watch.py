@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.files import CheckpointState, prune_checkpoints, save_checkpoint
+from halfbyte.errors import DivergenceError
 from halfbyte.evaluate.held_out import held_out_loss
-from halfbyte.events.types import Checkpointed, Evaluated, Step, Warned
+from halfbyte.events.types import Checkpointed, Diverged, Evaluated, Step, Warned
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.run.assembly import Assembly
+from halfbyte.run.divergence import SkippedSteps, sentence
 from halfbyte.run.energy import EnergyMeter
 from halfbyte.run.fingerprint import package_versions
 from halfbyte.run.record import RunRecord
@@ -37,6 +41,9 @@ class Watch:
         self.best_adapter: dict[str, Tensor] | None = None
         self._last_loss: tuple[int, float] | None = None  # step, held-out loss
         self._saved = 0  # step of the last checkpoint
+        self.skipped = SkippedSteps(trainer.scaler)
+        # Kept on the host: a rate read from the device would wait for all steps queued there.
+        self._rates: list[float] = trainer.step.learning_rates.tolist()
         self._process = psutil.Process()
         self._energy = EnergyMeter(assembly.device.kind)
 
@@ -51,16 +58,22 @@ class Watch:
         if state.held_out_loss is not None:
             self._last_loss = (state.step, state.held_out_loss)
         self._saved = state.step
+        self.skipped.count = state.skipped
+
+    def needs_state(self, step: int) -> bool:
+        """Whether something that follows ``step`` must find the weights that it left."""
+        return self._evaluates(step) or self._checkpoints(step)
 
     def note_step(self, step: FinishedStep) -> None:
-        """Emit the step's event."""
-        rates = self.trainer.step.learning_rates
+        """Emit the step's event. Raises DivergenceError where training cannot go on."""
+        # A step that makes no update does not advance the schedule.
+        learning_rate = self._rates[step.number - 1 - self.skipped.count]
         self.record(
             Step(
                 step=step.number,
                 epoch=step.number / self.assembly.resolved.steps_per_epoch,
                 loss=step.loss,
-                learning_rate=rates[step.number - 1].item(),
+                learning_rate=learning_rate,
                 grad_norm=step.grad_norm,
                 tokens=step.tokens,
                 labels=step.labels,
@@ -69,32 +82,38 @@ class Watch:
                 skipped=not step.updated,
             )
         )
+        reason = self.skipped.note(step)
+        if reason is not None:
+            event = Diverged(step.number, reason, list(step.rows), self._last_checkpoint())
+            self._stop(event, updated=step.updated)
         if not step.updated and not self.trainer.scaler.enabled:
             self.record(Warned("the gradient was not finite: no update was made", step.number))
 
     def evaluate(self, step: FinishedStep) -> None:
         """Held-out loss where the recipe wants it, and after the last step."""
-        every = int(self.assembly.recipe.evaluation.every_steps)
-        last = step.number == self.assembly.resolved.steps
-        if not self.assembly.data.held_out or not every:
+        if not self._evaluates(step.number):
             return
-        if step.number % every == 0 or last:
-            loss = self._measure(step.number, "adapter")
-            self._last_loss = (step.number, loss)
-            if self.best_loss is None or loss < self.best_loss:
-                self.best_step, self.best_loss = step.number, loss
-                self.best_adapter = self.trainer.adapter()
+        loss = self._measure(step.number, "adapter")
+        self._last_loss = (step.number, loss)
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_step, self.best_loss = step.number, loss
+            self.best_adapter = self.trainer.adapter()
 
     def checkpoint(self, step: FinishedStep) -> None:
         """A checkpoint where the recipe wants one, and after the last step."""
-        every = int(self.assembly.recipe.checkpoints.every_steps)
-        if step.number % every == 0 or step.number == self.assembly.resolved.steps:
+        if self._checkpoints(step.number):
             self.save(step.number)
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of ``step``, unless it is there, and remove those not kept."""
+        """Write the checkpoint of ``step``, unless it is there, and remove those not kept.
+
+        Raises DivergenceError where the adapter is not finite: every checkpoint is a good one.
+        """
         if self._saved == step:
             return
+        if not torch.isfinite(self.trainer.parameters.data).all():
+            reason = f"the adapter is no longer finite after step {step:,}"
+            self._stop(Diverged(step, reason, [], self._last_checkpoint()), updated=True)
         state = CheckpointState(
             step=step,
             held_out_loss=self.last_loss(step),
@@ -103,6 +122,7 @@ class Watch:
             versions=package_versions(),
             device=self.assembly.device.name,
             fingerprint=self.assembly.fingerprint,
+            skipped=self.skipped.count,
         )
         path = save_checkpoint(self.checkpoints, state, self.trainer.state())
         self._saved = step
@@ -119,6 +139,25 @@ class Watch:
         energy = self._energy.read()
         if energy is not None:
             self.record(energy)
+
+    def _evaluates(self, step: int) -> bool:
+        every = int(self.assembly.recipe.evaluation.every_steps)
+        if not self.assembly.data.held_out or not every:
+            return False
+        return step % every == 0 or step == self.assembly.resolved.steps
+
+    def _checkpoints(self, step: int) -> bool:
+        every = int(self.assembly.recipe.checkpoints.every_steps)
+        return step % every == 0 or step == self.assembly.resolved.steps
+
+    def _last_checkpoint(self) -> str | None:
+        return f"checkpoints/step-{self._saved}" if self._saved else None
+
+    def _stop(self, event: Diverged, *, updated: bool) -> NoReturn:
+        self.record(event)
+        path = str(self.checkpoints.parent / event.checkpoint) if event.checkpoint else None
+        scaled = self.trainer.scaler.enabled
+        raise DivergenceError(sentence(event.reason, path, updated=updated, scaled=scaled))
 
     def _measure(self, step: int, what: str) -> float:
         with self.record.timed() as seconds:

@@ -1,0 +1,72 @@
+"""A step whose update is left out, told apart from training that cannot go on.
+
+A step whose gradient norm is not finite makes no update; that is decided on the device. Under
+loss scaling it is how the scale is found, elsewhere it may happen once in a long while. A loss
+that is not finite is another matter: no scale is too large for it, so outside fp16 it ends the
+run at once, and in fp16 when a scale of 1 has not helped. Neither may go on for long.
+"""
+
+from __future__ import annotations
+
+import math
+
+from halfbyte.engine.scaler import LossScaler
+from halfbyte.loop.steps import FinishedStep
+
+# Halving so often brings a loss scale of 2^16 to 1 and leaves four steps to show that it helped.
+SKIPS_IN_A_ROW = 20
+ROWS_NAMED = 8
+
+
+class SkippedSteps:
+    """Counts the steps that made no update and says when there is no going on."""
+
+    def __init__(self, scaler: LossScaler) -> None:
+        self.scaler = scaler
+        self.count = 0  # since step 1, in earlier processes as well
+        self._in_a_row = 0
+
+    def note(self, step: FinishedStep) -> str | None:
+        """Count ``step``, which has been read; returns why training cannot go on, or None."""
+        self._in_a_row = 0 if step.updated else self._in_a_row + 1
+        self.count += not step.updated
+        # The scale is waited for only here: most steps never ask for it.
+        if not math.isfinite(step.loss) and (
+            not self.scaler.enabled or step.updated or self.scaler.scale.item() <= 1.0
+        ):
+            return f"the loss of step {step.number:,} is {_word(step.loss)} on {_named(step.rows)}"
+        if self._in_a_row >= SKIPS_IN_A_ROW:
+            return (
+                f"the gradient of step {step.number:,}, of {_named(step.rows)}, is the "
+                f"{self._in_a_row}th in a row that is not finite"
+            )
+        return None
+
+
+def sentence(reason: str, checkpoint: str | None, *, updated: bool, scaled: bool) -> str:
+    """What is wrong, what to go back to, and what may help.
+
+    ``updated`` says whether the step that ``reason`` names changed the weights, ``scaled``
+    whether its loss was scaled for fp16.
+    """
+    left = "" if updated else " without that update"
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+    todo = "start again with a lower training.learning_rate" + (" or in fp32" if scaled else "")
+    if not updated:
+        todo = f"look at these rows, or {todo}"
+    return f"{reason}, so training stopped{left}; {last}; {todo}."
+
+
+def _named(rows: tuple[int, ...]) -> str:
+    """``rows 3, 8 and 12``, as the report counts them."""
+    numbers = [f"{row + 1:,}" for row in sorted(rows)]
+    named, more = numbers[:ROWS_NAMED], len(numbers) - ROWS_NAMED
+    if more > 0:
+        return f"rows {', '.join(named)} and {more:,} more"
+    if len(named) == 1:
+        return f"row {named[0]}"
+    return f"rows {', '.join(named[:-1])} and {named[-1]}"
+
+
+def _word(loss: float) -> str:
+    return "NaN" if math.isnan(loss) else "infinite"
