@@ -175,28 +175,43 @@ def lora_grads(x: Tensor, d_x: Tensor, d_y: Tensor, group: LoraGroup, keys: Tens
     )
 
 
-def fold_table(group: LoraGroup, weight: Tensor) -> Tensor:
-    """Where :func:`fold_b` writes the group's B into ``weight`` [rows, columns + extra].
+@dataclass(frozen=True)
+class Fold:
+    """Weights W' [rows, columns + extra] and the groups whose B is written into each.
 
-    int64 [n, 4]: address, row stride in elements, rows, where B begins in the parameters. It holds
-    as long as ``weight`` is not moved.
+    ``table`` int64 [layers, 4] says it on the device: address, row stride in elements, rows, and
+    where B begins in the parameters. It holds as long as no weight is moved.
     """
+
+    entries: tuple[tuple[LoraGroup, Tensor], ...]
+    table: Tensor
+
+
+def make_fold(entries: Sequence[tuple[LoraGroup, Tensor]]) -> Fold:
+    """For :func:`fold_b`: groups of the same rank, scale and parameters, at least one."""
     found = []
-    for i, part in enumerate(group.parts):
-        at = weight[part.first_row :, group.columns + i * group.r :]
-        found.append([at.data_ptr(), weight.stride(0), part.rows, part.b])
-    return torch.tensor(found, dtype=torch.int64, device=weight.device)
+    for group, weight in entries:
+        for i, part in enumerate(group.parts):
+            at = weight[part.first_row :, group.columns + i * group.r :]
+            found.append([at.data_ptr(), weight.stride(0), part.rows, part.b])
+    table = torch.tensor(found, dtype=torch.int64, device=entries[0][1].device)
+    return Fold(tuple(entries), table)
 
 
-def fold_b(values: Tensor, table: Tensor, r: int, scale: float, widest: int, like: Tensor) -> None:
-    """Write s · B into the weights that ``table`` int64 [n, 4] (:func:`fold_table`) points at.
-
-    ``values`` fp32 are the flat parameters, ``widest`` the most rows of a B, ``like`` any tensor
-    of the weights' type. Tables can be put end to end: one launch then serves a whole model.
-    """
+def fold_b(fold: Fold) -> None:
+    """Write s · B of every group into its weight, in one launch whatever their number."""
+    group, weight = fold.entries[0]
     block = 32
-    _fold_b[(triton.cdiv(widest, block), len(table))](
-        values, table, like, scale, RANK=r, BLOCK=block, R=triton.next_power_of_2(r), num_warps=4
+    widest = max(part.rows for group, _ in fold.entries for part in group.parts)
+    _fold_b[(triton.cdiv(widest, block), len(fold.table))](
+        group.values,
+        fold.table,
+        weight,
+        group.scale,
+        RANK=group.r,
+        BLOCK=block,
+        R=triton.next_power_of_2(group.r),
+        num_warps=4,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from halfbyte.kernels.dropout import keep_mask
-from halfbyte.kernels.lora_group import LoraGroup, LoraPart
+from halfbyte.kernels.lora_group import Fold, LoraGroup, LoraPart
 
 
 def lora_down(x: Tensor, group: LoraGroup, keys: Tensor | None) -> None:
@@ -37,6 +37,15 @@ def lora_grads(x: Tensor, d_x: Tensor, d_y: Tensor, group: LoraGroup, keys: Tens
         grad_a += d_x[:, columns].t() @ _dropped(x[:, :k], group, part, keys)
         rows = slice(part.first_row, part.first_row + part.rows)
         grad_b += (d_y[:, rows].t() @ x[:, columns]).float() * group.scale
+
+
+def fold_b(fold: Fold) -> None:
+    """As :func:`halfbyte.kernels.lora_group.fold_b`."""
+    for group, weight in fold.entries:
+        for i, part in enumerate(group.parts):
+            first = group.columns + i * group.r
+            rows = slice(part.first_row, part.first_row + part.rows)
+            weight[rows, first : first + group.r] = group.views(group.values, part)[1] * group.scale
 
 
 def _dropped(x: Tensor, group: LoraGroup, part: LoraPart, keys: Tensor | None) -> Tensor:

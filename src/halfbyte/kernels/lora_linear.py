@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfbyte.kernels.dropout import keep_mask
 
-Key = tuple[int, int]
+Key = tuple[int, int] | Tensor
 
 
 class LoraLinear(torch.autograd.Function):

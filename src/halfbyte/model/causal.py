@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,9 @@ from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
 from halfbyte.kernels.loss import cross_entropy_sum
 from halfbyte.model.attention import set_attention, use_varlen_attention
+from halfbyte.model.fused import FusedNetwork
+from halfbyte.model.head import find_head
 from halfbyte.quant.linear import DropoutPosition, QLoRALinear
-
-
-@dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: ``softcap · tanh(scale · h Wᵀ / softcap)``."""
-
-    weight: Tensor  # [vocab, hidden]
-    scale: float
-    softcap: float | None
 
 
 class QLoRAModel:
@@ -43,7 +35,9 @@ class QLoRAModel:
         self.lora = lora
         self.compute_dtype = compute_dtype
         self.device: torch.device = network.get_input_embeddings().weight.device
-        self.head = _find_head(network)
+        self.head = find_head(network)
+        self.fused: FusedNetwork | None = None
+        self._adapter_on = True
         theirs = _own_logits(self)
         use_varlen_attention(network)
         _check_logits(self, theirs)
@@ -82,6 +76,12 @@ class QLoRAModel:
         for name, (a, b) in layers.items():
             ours[name][0].copy_(a)
             ours[name][1].copy_(b)
+        self.adapter_changed()
+
+    def adapter_changed(self) -> None:
+        """To be called when A or B have been written to: fused layers have copies of them."""
+        if self.fused is not None:
+            self.fused.adapter_changed()
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [T, hidden]; the batch lies on the model's device or the CPU."""
@@ -96,7 +96,12 @@ class QLoRAModel:
         return out.last_hidden_state[0]
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropies of the batch's labels, fp32 scalar."""
+        """Sum of the cross-entropies of the batch's labels, fp32 scalar.
+
+        Fused layers, where there are any, do it if no gradient is asked for.
+        """
+        if self.fused is not None and self._adapter_on and not torch.is_grad_enabled():
+            return self.fused.loss_sum(batch.to(self.device))
         return cross_entropy_sum(
             self.hidden(batch),
             self.head.weight.to(self.compute_dtype),
@@ -105,6 +110,18 @@ class QLoRAModel:
             scale=self.head.scale,
             softcap=self.head.softcap,
         )
+
+    def loss_and_gradients(self, batch: Batch, factor: Tensor) -> Tensor:
+        """The loss sum, fp32 scalar, and ``factor`` times its gradients added to the adapters'.
+
+        ``factor`` is an fp32 scalar on the device. Dropout is as :attr:`position` says.
+        """
+        if self.fused is not None:
+            keys = None if self.position is None else self.position.keys
+            return self.fused.loss_and_gradients(batch, factor, keys)
+        loss = self.loss_sum(batch)
+        (loss * factor).backward()
+        return loss.detach()
 
     def logits(self, batch: Batch) -> Tensor:
         """All logits [T, vocab] in fp32: for checks on short batches."""
@@ -119,6 +136,8 @@ class QLoRAModel:
     def use_gradient_checkpointing(self, on: bool) -> None:
         """Recompute each decoder layer in the backward pass, or keep its activations."""
         network = self.network
+        if self.fused is not None:
+            self.fused.use_recomputation(on)
         # transformers 5.23 has renamed both; it warns at the old names.
         renamed = hasattr(network, "activation_checkpointing_enable")
         if not on:
@@ -135,28 +154,15 @@ class QLoRAModel:
     @contextmanager
     def adapter_on(self, on: bool) -> Iterator[None]:
         """With the adapter, or the base model alone, while the context lasts."""
+        self._adapter_on = on
         for layer in self.lora.values():
             layer.adapter_enabled = on
         try:
             yield
         finally:
+            self._adapter_on = True
             for layer in self.lora.values():
                 layer.adapter_enabled = True
-
-
-def _find_head(network: Any) -> Head:
-    config = network.config.get_text_config()
-    head = network.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None or network.base_model is network:
-        raise ModelError(
-            f"the output head of {type(network).__name__} is not one matrix on top of its decoder, "
-            "which is what halfbyte trains; choose another model."
-        )
-    # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them.
-    scale = getattr(config, "logit_scale", None) or 1.0 / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return Head(head.weight, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 # Two short rows, with which our logits are compared with the network's own.

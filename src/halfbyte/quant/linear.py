@@ -17,13 +17,22 @@ if TYPE_CHECKING:
 class DropoutPosition:
     """Where training stands: with the seed and the module's number it names each dropout mask.
 
-    One object is shared by all layers of a model; the engine sets ``step`` and ``micro_batch``.
+    One object is shared by all layers of a model. The engine sets ``step`` and ``micro_batch``, or,
+    where the host must not be asked, ``keys`` int32 [modules, 2] on the device, which are made of
+    them there (:func:`halfbyte.kernels.dropout.dropout_keys`) and name the same masks.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.step = 0
         self.micro_batch = 0
+        self.keys: Tensor | None = None
+
+    def key(self, module: int) -> tuple[int, int] | Tensor:
+        """The key of one module's mask."""
+        if self.keys is not None:
+            return self.keys[module]
+        return dropout_key(self.seed, self.step, self.micro_batch, module)
 
 
 class QLoRALinear(nn.Module):
@@ -88,7 +97,7 @@ class QLoRALinear(nn.Module):
         if on and self.training and self.dropout_p > 0.0:
             at = self.position
             assert at is not None, "attach_lora gives every layer its position"
-            key = dropout_key(at.seed, at.step, at.micro_batch, self.number)
+            key = at.key(self.number)
         y = lora_linear(
             x.reshape(-1, self.in_features),
             self.weight_dense,

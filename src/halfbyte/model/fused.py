@@ -1,0 +1,275 @@
+"""A whole decoder made of fused layers, for the families whose layers are Llama's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.data.batch import Batch
+from halfbyte.kernels.choice import Kernels
+from halfbyte.kernels.lora_group import make_fold
+from halfbyte.model.fused_layer import FusedLayer, LayerShape, Rows
+from halfbyte.model.head import Head
+from halfbyte.quant.joined import FlatAdapter, JoinedLinear, Scratch
+from halfbyte.quant.linear import QLoRALinear
+
+# transformers' decoder layers that are: norm, attention with rotary positions, sum, norm, gated
+# MLP, sum, and nothing else.
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Of 16-bit logits in memory at once.
+LOGIT_BYTES = 128 * 1024**2
+# Kinds of rotary embedding whose angles do not depend on the length of what is read.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class NotFusedError(Exception):
+    """Why a network cannot be made of fused layers."""
+
+
+class FusedNetwork:
+    """The network's weights in fused layers; the network itself works as before.
+
+    What it computes is the network's loss and the gradients of its adapters, with the residual
+    stream in the embeddings' type as there, and sums rounded once where transformers rounds twice.
+    """
+
+    def __init__(self, network: Any, head: Head, compute_dtype: torch.dtype, kernels: Kernels):
+        """Raises NotFusedError for a network of another kind."""
+        self.kernels, self.compute_dtype = kernels, compute_dtype
+        base = network.base_model
+        self.config = network.config.get_text_config()
+        _require_plain(base, self.config)
+        self.embedding: Tensor = network.get_input_embeddings().weight
+        self.device = self.embedding.device
+        self.norm: Tensor = base.norm.weight
+        # The embedding may be kept in 16 bits where the stream is in fp32: the same values.
+        self.stream_dtype = self.norm.dtype
+        self.head = Head(head.weight.to(compute_dtype), head.scale, head.softcap)
+        self.rotary = base.rotary_emb
+        self.layers = [_fused_layer(layer, self.config, kernels) for layer in base.layers]
+        self.cos = self.sin = torch.empty(0, device=self.device)
+        self.adapter: FlatAdapter | None = None
+        self._fold: Any = None
+
+    @property
+    def joined(self) -> list[JoinedLinear]:
+        return [joined for layer in self.layers for joined in layer.joined]
+
+    def keep_copies(self) -> int:
+        """Keep every weight dequantized, with its adapters folded in; returns the bytes."""
+        return sum(joined.keep() for joined in self.joined)
+
+    def use_scratch(self) -> int:
+        """Dequantize each layer's weights into the same memory when they are wanted.
+
+        Returns its bytes: those of one layer, since a layer's backward pass wants all four.
+        """
+        size = 0
+        found: dict[tuple[int, int, int], Scratch] = {}
+        for layer in self.layers:
+            for kind, joined in enumerate(layer.joined):
+                key = (kind, joined.rows, joined.width)
+                if key not in found:
+                    scratch = Scratch(joined.rows, joined.width, joined.dtype, joined.device)
+                    found[key] = scratch
+                    size += scratch.weight.nbytes
+                joined.use_scratch(found[key])
+        return size
+
+    def use_recomputation(self, on: bool) -> None:
+        """Make each layer again in the backward pass from its input alone, or keep all of it."""
+        for layer in self.layers:
+            layer.recompute = on
+
+    def attach(self, adapter: FlatAdapter) -> None:
+        """Train the adapters where the optimizer has them."""
+        self.adapter = adapter
+        for joined in self.joined:
+            joined.attach(adapter)
+        kept = [(j.group, j.kept) for j in self.joined if j.group is not None and j.kept is not None]
+        self._fold = make_fold(kept) if kept else None
+        self.adapter_changed()
+
+    def adapter_changed(self) -> None:
+        """Round the adapters to the products' type again, and fold B into the kept weights."""
+        assert self.adapter is not None
+        self.adapter.shadow.copy_(self.adapter.values)
+        self.fold()
+
+    def fold(self) -> None:
+        """Fold B into the kept weights again."""
+        if self._fold is not None:
+            self.kernels.fold_b(self._fold)
+
+    def prepare(self, positions: int) -> None:
+        """Make the rotations of so many positions; they must be there before a capture."""
+        if len(self.cos) >= positions:
+            return
+        like = torch.empty(1, dtype=torch.float32, device=self.device)
+        at = torch.arange(positions, device=self.device)[None]
+        cos, sin = self.rotary(like, at)
+        half = cos.shape[-1] // 2
+        self.cos, self.sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    @torch.no_grad()
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropies of the batch's labels, fp32 scalar; no dropout."""
+        rows = self._rows(batch, None)
+        stream, y = self._embed(batch), None
+        for layer in self.layers:
+            stream, y, _ = layer.forward(stream, y, rows, save=False)
+        assert y is not None
+        hidden, _, _ = self._last_norm(stream, y)
+        one = torch.ones((), device=self.device)
+        chosen, labels, _ = _labelled(hidden, batch)
+        return self._head_loss(chosen, labels, one, None)
+
+    @torch.no_grad()
+    def loss_and_gradients(self, batch: Batch, factor: Tensor, keys: Tensor | None) -> Tensor:
+        """The loss sum, and ``factor`` times its gradients added where the optimizer has them.
+
+        ``factor`` fp32 scalar on the device: the loss scale over the labels of the step. ``keys``
+        int32 [modules, 2] of the dropout masks, None for none. No value is read by the host.
+        """
+        rows = self._rows(batch, keys)
+        stream, y = self._embed(batch), None
+        kept = []
+        for layer in self.layers:
+            stream, y, saved = layer.forward(stream, y, rows, save=True)
+            kept.append(saved)
+        assert y is not None
+        hidden, stream, rstd = self._last_norm(stream, y)
+        del y
+
+        chosen, labels, at = _labelled(hidden, batch)
+        d_chosen = torch.empty_like(chosen)
+        loss = self._head_loss(chosen, labels, factor, d_chosen)
+        d_hidden = d_chosen
+        if at is not None:
+            # Entries that fill the index up stand at the last position, which never has a label:
+            # all of them write zeros there.
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, at, d_chosen)
+        del chosen, d_chosen, hidden
+
+        d_stream = torch.empty_like(stream)
+        d_c = d_stream
+        if self.stream_dtype != self.compute_dtype:
+            d_c = torch.empty_like(d_stream, dtype=self.compute_dtype)
+        self.kernels.rms_norm_backward(
+            d_hidden, stream, rstd, self.norm, d_stream, None if d_c is d_stream else d_c, first=True
+        )
+        del d_hidden, stream
+        for layer in reversed(self.layers):
+            saved = kept.pop()
+            assert saved is not None
+            layer.backward(d_stream, d_c, saved, rows)
+        return loss
+
+    def _rows(self, batch: Batch, keys: Tensor | None) -> Rows:
+        self.prepare(batch.max_seqlen)
+        # A weight that an earlier pass left in scratch memory has an older B, and a captured pass
+        # must make its own whatever came before it.
+        for joined in self.joined:
+            if joined.scratch is not None:
+                joined.scratch.owner = None
+        return Rows(
+            batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.cos, self.sin, keys
+        )
+
+    def _embed(self, batch: Batch) -> Tensor:
+        return self.embedding.index_select(0, batch.input_ids).to(self.stream_dtype)
+
+    def _last_norm(self, stream: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden states [T, H] in the products' type, the stream before the norm, 1 / rms)."""
+        summed = torch.empty_like(stream)
+        hidden = torch.empty_like(stream, dtype=self.compute_dtype)
+        rstd = torch.empty(len(stream), dtype=torch.float32, device=self.device)
+        eps = self.layers[0].shape.eps
+        self.kernels.rms_norm(stream, y, self.norm, eps, summed, hidden, rstd)
+        return hidden, summed, rstd
+
+    def _head_loss(
+        self, hidden: Tensor, labels: Tensor, factor: Tensor, d_hidden: Tensor | None
+    ) -> Tensor:
+        loss: Tensor = self.kernels.head_loss(
+            hidden,
+            self.head.weight,
+            labels,
+            factor,
+            d_hidden,
+            scale=self.head.scale,
+            softcap=self.head.softcap,
+            chunk_bytes=LOGIT_BYTES,
+        )
+        return loss
+
+
+def _labelled(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states and labels of the labelled positions, and their index; None: all of them."""
+    if len(batch.label_ids) >= len(hidden):
+        return hidden, batch.labels, None
+    return hidden.index_select(0, batch.label_index), batch.label_ids, batch.label_index
+
+
+def _require_plain(base: Any, config: Any) -> None:
+    for layer in base.layers:
+        if type(layer).__name__ not in LAYERS:
+            raise NotFusedError(f"its layers are {type(layer).__name__}")
+    if config.hidden_act not in ACTIVATIONS:
+        raise NotFusedError(f"its activation is {config.hidden_act}")
+    rope = getattr(base.rotary_emb, "rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise NotFusedError(f"its rotary embedding ({rope}) depends on the length")
+
+
+def _fused_layer(layer: Any, config: Any, kernels: Kernels) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    head_dim = int(attention.head_dim)
+    linears: list[QLoRALinear] = [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
+    if not all(isinstance(linear, QLoRALinear) for linear in linears):
+        raise NotFusedError("not all of its products are with quantized weights")
+    ranks = {len(x.lora_A) for x in linears if x.lora_A is not None}
+    if len(ranks) > 1:
+        raise NotFusedError("its adapters have different ranks")
+    if any(x.in_features % x.base.block_size for x in linears):
+        raise NotFusedError("a row of its weights is no whole number of blocks")
+    q, k, v, o, gate, up, down = linears
+    shape = LayerShape(
+        heads=q.out_features // head_dim,
+        kv_heads=k.out_features // head_dim,
+        head_dim=head_dim,
+        scale=float(attention.scaling),
+        eps=float(layer.input_layernorm.variance_epsilon),
+        activation=ACTIVATIONS[config.hidden_act],
+    )
+    return FusedLayer(
+        shape,
+        kernels,
+        norm1=layer.input_layernorm.weight,
+        norm2=layer.post_attention_layernorm.weight,
+        qkv=JoinedLinear([q, k, v], kernels),
+        o=JoinedLinear([o], kernels),
+        gate_up=JoinedLinear([gate, up], kernels),
+        down=JoinedLinear([down], kernels),
+        window=_window(attention, config),
+    )
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """How many last positions a layer sees; Qwen2's layers differ, and say it themselves."""
+    if type(attention).__name__ == "LlamaAttention":
+        return None
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(config, "sliding_window", None)
