@@ -134,7 +134,7 @@ def test_without_a_lag_each_step_is_told_of_before_the_next_starts() -> None:
 
 def test_a_step_is_told_with_its_values_and_rows() -> None:
     told: list[FinishedStep] = []
-    run(Device(took=0.25), last=4, lag=3, more=[told.append])
+    run(Device(took=0.0), last=4, lag=3, more=[told.append])
     assert told[2] == FinishedStep(
         number=3,
         loss=1.5,
@@ -142,7 +142,7 @@ def test_a_step_is_told_with_its_values_and_rows() -> None:
         updated=False,
         tokens=4 + 104,  # padding does not count
         labels=3 + 103,
-        seconds=0.25,
+        seconds=0.0,  # as the device says; the host has measured more
         rows=(3, 103),
     )
     assert [step.updated for step in told] == [True, True, False, True]
@@ -191,3 +191,9 @@ def test_host_seconds_add_up_to_no_more_than_the_run_took(
     device, told = Device(), []
     run(device, last=3, more=[told.append])
     assert [step.seconds for step in told] == [3.0, 3.0, 3.0]
+    # What the device measured holds, but for more than has passed since the step's start: what
+    # lies between step 3, after which the queue is empty, and step 4 is no part of step 4.
+    for took, of_4 in ((1.5, 1.5), (50.0, 5.0)):
+        device, told = Device(took=took), []
+        run(device, last=6, lag=2, more=[told.append], needs=lambda number: number == 3)
+        assert told[3].seconds == of_4

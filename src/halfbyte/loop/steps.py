@@ -63,8 +63,10 @@ class _Queue:
             # is what passed since they were read.
             now = time.perf_counter()
             seconds = pending.seconds()
-            if seconds is None:
-                seconds = now - max(began, self.last_read)
+            # The device may have been idle, or evaluating, between two steps: no step takes
+            # longer than from its start on the host.
+            seconds = now - max(began, self.last_read) if seconds is None else seconds
+            seconds = min(seconds, now - began)
             self.last_read = now
             finished = FinishedStep(
                 number=number,
