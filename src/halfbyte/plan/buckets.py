@@ -30,15 +30,15 @@ class BatchSizes:
     """How large the micro-batches of a run are."""
 
     sampled: Sequence[Size]  # all of them, or those of some of the steps
-    each: float  # micro-batches of the run that one of ``sampled`` stands for; 1 where all are
-    largest: Size  # no micro-batch of these rows can have more of any of the three
+    each: float  # micro-batches of the run that one of ``sampled`` stands for
+    largest: Size  # no micro-batch of the run has more of any of the three
 
 
 def batch_sizes(batches: Batches, steps: int, limit: int = 2000) -> BatchSizes:
     """The sizes of the micro-batches of steps 1 … ``steps``.
 
-    Of a longer run than ``limit`` steps, so many are taken, evenly spread. No batch is made: a
-    million rows take about a second.
+    Of a longer run than ``limit`` steps, so many are taken, evenly spread, and the largest is the
+    largest that the rows could give. No batch is made: a million rows take about a second.
     """
     lengths, labels = _row_sizes(batches.rows)
     chosen = sorted(set(np.linspace(1, steps, min(steps, limit)).round().astype(int).tolist()))
@@ -47,6 +47,9 @@ def batch_sizes(batches: Batches, steps: int, limit: int = 2000) -> BatchSizes:
         for step in chosen
         for at in batches.positions(step)
     ]
+    if steps <= limit:
+        tokens, labelled, longest = zip(*sampled, strict=True)
+        return BatchSizes(sampled, 1.0, (max(tokens), max(labelled), max(longest)))
     size = batches.batch_size
     largest = (
         int(np.sort(lengths)[-size:].sum()),
@@ -67,10 +70,9 @@ def choose_buckets(
     """The buckets, at most ``most``, with which the run is expected to end soonest.
 
     A micro-batch costs ``seconds_per_token`` for each position of its bucket (what it costs
-    whatever its size changes no choice), and a bucket costs ``capture_seconds`` if a sampled
-    batch falls into it: it is captured when it is first met. A batch falls into the first bucket
-    that holds its tokens, its labels and its longest row. The last bucket holds whatever the
-    rows can give, sampled or not.
+    whatever its size changes no choice), and a bucket costs ``capture_seconds``. A batch falls
+    into the first bucket that holds its tokens, its labels and its longest row. The last bucket
+    holds every batch of the run, sampled or not.
 
     The tokens of the last bucket are those of the largest batch rounded up to 64, those of the
     others multiples of ``multiple``. A bucket's labels are the most of the sampled batches in it,
@@ -121,9 +123,7 @@ def _cheapest(
     for k in range(1, most + 1):
         for j in range(1, len(borders) + 1):
             inside = total[j] - total[:j]  # batches of a bucket that begins after each border
-            ways = costs[k - 1, :j] + np.where(
-                inside > 0, inside * per_token * borders[j - 1] + capture, 0.0
-            )
+            ways = costs[k - 1, :j] + inside * per_token * borders[j - 1] + capture
             before[k, j] = ways.argmin()
             costs[k, j] = ways[before[k, j]]
     chosen: list[int] = []
