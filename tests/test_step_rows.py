@@ -82,3 +82,26 @@ def test_a_row_of_a_batch_is_the_row_alone(family: Family, folders: dict[str, Pa
         alone, gradient_alone = logits_and_gradient(model, make_batch([row]))
         torch.testing.assert_close(logits[at], alone, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(gradient[at], gradient_alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_row_and_learns_nothing(
+    family: Family, folders: dict[str, Path]
+) -> None:
+    """Dropout masks included: a token of a padded batch has the mask that it has without."""
+    model = model_of(folders[family], Case(family), dropout=0.1)
+    model.network.train()
+    rows = tokenized(folders[family], "answer")[:3]
+    plain = make_batch(rows, capacity=4)
+    used, longest = plain.num_tokens, plain.max_seqlen
+    padded = make_batch(rows, 4, used + longest + 20, plain.num_labels + 9, longest)
+    logits, gradient = logits_and_gradient(model, plain)
+    logits2, gradient2 = logits_and_gradient(model, padded)
+    torch.testing.assert_close(logits2[:used], logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient2[:used], gradient, rtol=1e-4, atol=1e-4)
+    assert logits2.isfinite().all()
+    assert not gradient2[used:].any()
+    weights = list(model.lora_parameters().values())
+    gradients = [torch.autograd.grad(model.loss_sum(batch), weights) for batch in (plain, padded)]
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
