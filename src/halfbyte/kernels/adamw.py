@@ -146,7 +146,7 @@ def _adamw_8bit(  # type: ignore[no-untyped-def]
     tl.store(codes_v + at, code.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _adamw_32bit(  # type: ignore[no-untyped-def]
     data,
     grad,

@@ -39,7 +39,8 @@ class Resolved:
     """``recipe`` with every setting decided, and what follows from it.
 
     ``keep_copy`` says whether each weight is also kept dequantized; it changes no number, only
-    time and memory, and so is no setting.
+    time and memory, and so is no setting. ``seconds_per_token`` is what a token more in a batch is
+    expected to cost.
     """
 
     recipe: Recipe
@@ -48,6 +49,7 @@ class Resolved:
     choices: list[Choice]
     warnings: list[str]
     keep_copy: bool
+    seconds_per_token: float
 
 
 @dataclass
@@ -131,6 +133,8 @@ def resolve(
             held_out=held_out,
         ),
         keep_copy=way.keep_copy,
+        seconds_per_token=way.seconds
+        / (way.batch_size * way.gradient_accumulation * max_length),
     )
 
 
@@ -154,7 +158,7 @@ def _decide_way(
     decided: Decisions, shape: ModelShape, device: Device, row_tokens: int
 ) -> tuple[Way, bool]:
     """Rows in a pass, recomputing, the type of the rest, and a copy, by memory and time."""
-    training, limit = decided.recipe.training, budget(device)
+    training, limit = decided.recipe.training, budget(device, decided.recipe.memory_limit_gb)
     batches = possible_batches(training.batch_size, training.gradient_accumulation)
     stated = training.gradient_checkpointing
     recompute = (False, True) if stated == "auto" else (bool(stated),)

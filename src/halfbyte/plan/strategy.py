@@ -39,12 +39,14 @@ class Budget:
     words: str
 
 
-def budget(device: Device) -> Budget:
-    """Nine tenths of a GPU's memory, seven tenths of a CPU's.
+def budget(device: Device, limit_gb: float | None = None) -> Budget:
+    """Nine tenths of a GPU's memory, seven tenths of a CPU's; or what the recipe allows.
 
     All of the memory counts and not what happens to be free, so that the same recipe is resolved
     the same way twice on one machine; unless other programs hold more than half of it.
     """
+    if limit_gb is not None:
+        return Budget(int(limit_gb * 1e9), f"the {limit_gb:g} GB that the recipe allows")
     share = 0.9 if device.kind == "cuda" else 0.7
     of = "the GPU's memory" if device.kind == "cuda" else "main memory"
     if 2 * device.free_bytes < device.memory_bytes:

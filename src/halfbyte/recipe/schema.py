@@ -266,6 +266,11 @@ class RecipeFields(Section):
         description="Number format of the products: bf16 where the device computes it natively, "
         "fp16 with loss scaling on older GPUs, fp32 on other CPUs.",
     )
+    memory_limit_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Memory that the run is planned for, in GB (10⁹ bytes), where it is to be less "
+        "than the device has.",
+    )
     model: ModelRecipe
     data: DataRecipe
     quantization: QuantizationRecipe = Field(default_factory=QuantizationRecipe)

@@ -8,15 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from halfbyte.data.batch import Bucket
 from halfbyte.data.batching import Batches
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.events.types import Audited, Event, Warned
 from halfbyte.model.source import ModelSource, context_length, open_model
+from halfbyte.plan.buckets import batch_sizes, choose_buckets
 from halfbyte.plan.device import Device, environment_event, find_device
 from halfbyte.plan.resolve import Resolved, resolve
 from halfbyte.recipe import Recipe
 from halfbyte.run.fingerprint import fingerprint
 from halfbyte.run.record import RunRecord
+
+# What making one more graph costs: a step run eagerly, and one more recorded.
+CAPTURE_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,29 @@ class Assembly:
 
     @cached_property
     def batches(self) -> Batches:
-        """The training rows by optimizer step."""
+        """The training rows by optimizer step; on a GPU padded to the run's buckets."""
+        return self._batches(self.buckets)
+
+    @cached_property
+    def buckets(self) -> list[Bucket] | None:
+        """The shapes of the run's batches; None on a CPU, where any shape is as good."""
+        if self.device.kind == "cpu":
+            return None
+        sizes = batch_sizes(self._batches(None), self.resolved.steps)
+        return choose_buckets(
+            sizes,
+            seconds_per_token=self.resolved.seconds_per_token,
+            capture_seconds=CAPTURE_SECONDS,
+        )
+
+    def _batches(self, buckets: list[Bucket] | None) -> Batches:
         training = self.recipe.training
         return Batches(
             self.data.train,
             int(training.batch_size),
             int(training.gradient_accumulation),
             self.recipe.seed,
+            buckets,
         )
 
     @cached_property

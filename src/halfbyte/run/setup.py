@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halfbyte.data.batch import Batch
+from halfbyte.engine.capture import CapturedStep
+from halfbyte.engine.result import StepResult
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.engine.step import TrainStep
-from halfbyte.events.types import ModelLoaded
+from halfbyte.events.types import Choice, Fallback, ModelLoaded
+from halfbyte.kernels.choice import PLAIN, choose_kernels
 from halfbyte.model.causal import QLoRAModel
+from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
 from halfbyte.model.lora import attach_lora
 from halfbyte.model.source import ModelSource
 from halfbyte.optim.choose import make_optimizer
 from halfbyte.optim.flat import FlatParameters, flatten_parameters
 from halfbyte.optim.schedule import schedule_table
+from halfbyte.plan.device import Device
+from halfbyte.quant.joined import FlatAdapter
 from halfbyte.recipe import Recipe
 from halfbyte.run.assembly import Assembly
+from halfbyte.run.record import RunRecord
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """All that training changes, and the step that changes it."""
+    """All that training changes, and the step that changes it.
+
+    ``take_step(number, micro_batches)`` is ``step``, or the graphs that it was captured in.
+    """
 
     model: QLoRAModel
     parameters: FlatParameters
     optimizer: Any
     scaler: LossScaler
     step: TrainStep
+    take_step: Callable[[int, Sequence[Batch]], StepResult]
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, by name; views, not copies."""
@@ -59,22 +72,29 @@ class Trainer:
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         for name, parameter in self.model.lora_parameters().items():
             parameter.copy_(state[f"adapter.{name}"])
+        self.model.adapter_changed()
 
 
 def load_model(
-    recipe: Recipe, source: ModelSource, device: str, *, keep_copy: bool
+    recipe: Recipe,
+    source: ModelSource,
+    device: Device,
+    *,
+    keep_copy: bool,
+    record: RunRecord | None = None,
 ) -> tuple[QLoRAModel, ModelLoaded]:
     """Quantize the base as it is read and attach a fresh adapter.
 
     ``recipe`` is effective. With ``keep_copy`` every linear layer also keeps its weight
-    dequantized.
+    dequantized. With a ``record`` the model is to be trained: on a GPU its layers are fused if
+    they can be, and the record hears how that was decided.
     """
     compute_dtype = DTYPES[str(recipe.precision)]
     rest_dtype = torch.float32 if recipe.quantization.upcast_rest else compute_dtype
     loaded = load_base(
         source,
         quantization=recipe.quantization,
-        device=device,
+        device=device.kind,
         compute_dtype=compute_dtype,
         rest_dtype=rest_dtype,
     )
@@ -94,7 +114,13 @@ def load_model(
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
     model = QLoRAModel(loaded.model, lora, compute_dtype)
-    copied = sum(layer.keep_dense() for layer in model.linears.values()) if keep_copy else 0
+    if record is not None and device.kind == "cuda":
+        _fuse(model, device, record)
+    copied = 0
+    if model.fused is not None:
+        copied = model.fused.keep_copies() if keep_copy else model.fused.use_scratch()
+    elif keep_copy:
+        copied = sum(layer.keep_dense() for layer in model.linears.values())
     names = [name.rsplit(".", 1)[-1] for name in lora]
     return model, ModelLoaded(
         name=source.name,
@@ -114,11 +140,32 @@ def load_model(
     )
 
 
+def _fuse(model: QLoRAModel, device: Device, record: RunRecord) -> None:
+    """Give ``model`` fused layers, or say why not."""
+    kernels, words = choose_kernels(device.capability)
+    try:
+        model.fused = FusedNetwork(model.network, model.head, model.compute_dtype, kernels)
+    except NotFusedError as error:
+        record(Fallback("layers as transformers has them, in place of fused ones", str(error)))
+    else:
+        record(Choice("kernels", None, words, f"what {device.name} runs"))
+
+
 def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
     """The optimizer, the schedule and the step of a run at its beginning."""
     recipe, training = assembly.recipe, assembly.recipe.training
     parameters = flatten_parameters(model.lora_parameters())
-    optimizer = make_optimizer(training.optimizer, parameters, training)
+    optimizer = make_optimizer(
+        training.optimizer, parameters, training, use_kernels=_has_kernels(model)
+    )
+    dropout_keys = None
+    if model.fused is not None:
+        shadow = parameters.data.to(model.compute_dtype)
+        model.fused.attach(_flat_adapter(model, parameters, shadow))
+        if model.position is not None:
+            count = len(model.lora)
+            model.position.keys = torch.zeros(count, 2, dtype=torch.int32, device=model.device)
+        dropout_keys = model.fused.kernels.dropout_keys
     scaler = LossScaler(recipe.precision == "fp16", model.device)
     rates = schedule_table(
         assembly.resolved.steps,
@@ -134,5 +181,46 @@ def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
         rates,
         max_grad_norm=training.max_grad_norm,
         scaler=scaler,
+        dropout_keys=dropout_keys,
     )
-    return Trainer(model, parameters, optimizer, scaler, step)
+    return Trainer(model, parameters, optimizer, scaler, step, step)
+
+
+def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
+    """``trainer`` with its step captured as CUDA graphs, where it can be."""
+    if assembly.buckets is None or trainer.model.fused is None:
+        return trainer
+    training = assembly.recipe.training
+    try:
+        captured = CapturedStep(
+            trainer.step,
+            assembly.buckets,
+            int(training.batch_size),
+            int(training.gradient_accumulation),
+        )
+    except (RuntimeError, torch.AcceleratorError) as error:
+        reason = str(error).split("\n")[0]
+        record(Fallback("each step launched kernel by kernel, in place of a CUDA graph", reason))
+        return trainer
+    tokens = ", ".join(f"{bucket.tokens:,}" for bucket in assembly.buckets)
+    record(
+        Choice(
+            "buckets",
+            None,
+            [bucket.tokens for bucket in assembly.buckets],
+            f"one CUDA graph of the whole step for batches of up to {tokens} tokens",
+        )
+    )
+    return replace(trainer, take_step=captured)
+
+
+def _has_kernels(model: QLoRAModel) -> bool:
+    return model.fused is not None and model.fused.kernels is not PLAIN
+
+
+def _flat_adapter(model: QLoRAModel, parameters: FlatParameters, shadow: Tensor) -> FlatAdapter:
+    at = dict(zip(parameters.names, parameters.offsets, strict=True))
+    offsets = {
+        layer: (at[f"{name}.lora_A"], at[f"{name}.lora_B"]) for name, layer in model.lora.items()
+    }
+    return FlatAdapter(parameters.data, parameters.grad, shadow, offsets)

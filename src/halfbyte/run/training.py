@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import halfbyte
 from halfbyte.errors import DivergenceError, HalfbyteError, RunError
@@ -27,7 +31,7 @@ from halfbyte.run.interrupt import StopRequest
 from halfbyte.run.outcome import Run
 from halfbyte.run.record import RunRecord
 from halfbyte.run.resume import Resumed, open_resumed
-from halfbyte.run.setup import Trainer, load_model, make_trainer
+from halfbyte.run.setup import Trainer, capture, load_model, make_trainer
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
 
@@ -91,16 +95,17 @@ def train(
             )
         )
         assembly = assemble(recipe, record, recipe_folder=recipe_folder, tell=resumed is None)
-        trainer = _prepare(assembly, record, resumed)
-        check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
-        if resumed is None:
-            clear_folder(folder)
-            (folder / "recipe.yaml").write_text(dump_recipe(assembly.recipe), encoding="utf-8")
-            text = asked if asked is not None else dump_recipe(recipe)
-            (folder / "recipe.asked.yaml").write_text(text, encoding="utf-8")
-        record.open(folder)
-        point_latest(folder, runs)
-        return _run(assembly, trainer, record, folder, began, resumed)
+        with _own_stream(assembly):
+            trainer = _prepare(assembly, record, resumed)
+            check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
+            if resumed is None:
+                clear_folder(folder)
+                (folder / "recipe.yaml").write_text(dump_recipe(assembly.recipe), encoding="utf-8")
+                text = asked if asked is not None else dump_recipe(recipe)
+                (folder / "recipe.asked.yaml").write_text(text, encoding="utf-8")
+            record.open(folder)
+            point_latest(folder, runs)
+            return _run(assembly, trainer, record, folder, began, resumed)
     except Exception as error:
         if isinstance(error, HalfbyteError) or not is_disk_full(error):
             raise
@@ -114,21 +119,31 @@ def train(
             claimed.release()
 
 
+def _own_stream(assembly: Assembly) -> AbstractContextManager[Any]:
+    """On a GPU a stream for all that the run does: the default one cannot be captured, and each
+    stream that multiplies has work space of its own."""
+    if assembly.device.kind == "cpu":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream())
+
+
 def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> Trainer:
     """Everything in memory that step 1 (or the step after a checkpoint's) needs."""
     with record.phase("quantize"):
         model, loaded = load_model(
             assembly.recipe,
             assembly.source,
-            assembly.device.kind,
+            assembly.device,
             keep_copy=assembly.resolved.keep_copy,
+            record=record,
         )
     record(loaded)
     trainer = make_trainer(assembly, model)
     if resumed is not None:
         resumed.check(assembly)
         trainer.load_state(resumed.tensors)
-        return trainer
+        with record.phase("warm-up"):
+            return capture(assembly, trainer, record)
     with record.phase("warm-up"):
         events = techniques(
             assembly.recipe,
@@ -138,6 +153,7 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
             assembly.batches.step(1)[0],
             sum(t.numel() * t.element_size() for t in trainer.optimizer.state_tensors().values()),
         )
+        trainer = capture(assembly, trainer, record)
     for event in events:
         record(event)
     return trainer
@@ -174,7 +190,7 @@ def _run(
             else:
                 watch.go_on_from(resumed.state, resumed.best)
             last = run_steps(
-                trainer.step,
+                trainer.take_step,
                 assembly.batches.step,
                 first=first,
                 last=resolved.steps,
