@@ -66,17 +66,16 @@ def launch_all(c: torch.dtype) -> None:
             rms_norm(stream, None, weight, 1e-5, None, rows(width), rstd, unit_offset=True)
             rms_norm_backward(rows(width, 24), stream, rstd, weight, stream.clone(), rows(width, 8))
             rms_norm_backward(rows(width), stream, rstd, weight, stream.clone(), None, first=True)
-    for head_dim in (64, 128, 80):
-        for positions in (torch.int32, torch.int64):
-            table = torch.empty(32, head_dim // 2)
-            ids = torch.zeros(TOKENS, dtype=positions)
-            rope_(rows(40 * head_dim), table, table, ids, 36, head_dim)
+    for head_dim, positions in ((64, torch.int32), (128, torch.int64), (80, torch.int64)):
+        table = torch.empty(32, head_dim // 2)
+        ids = torch.zeros(TOKENS, dtype=positions)
+        rope_(rows(40 * head_dim), table, table, ids, 36, head_dim)
     for activation in ("silu", "gelu", "gelu_tanh"):
         gate_up = rows(2 * 5632)
         gated(gate_up, rows(5632, 24), activation)
         gated_backward(rows(5632), gate_up, gate_up, activation, rows(5632))
         gated_backward(rows(5632), gate_up, rows(2 * 5632, 24), activation)
-    for block_size in (64, 4096, 34):
+    for block_size in (64, 34):
         shape = (256, 4096 if block_size != 34 else 68)
         codes = torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8)
         blocks = 2 * codes.numel() // block_size

@@ -101,7 +101,7 @@ def norm(s: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     return w * s * torch.rsqrt(s.square().mean(dim=1, keepdim=True) + eps)
 
 
-NORMS = [(5, 64), (7, 100), (3, 2048), (2, 8200), (33, 17)]
+NORMS = [(5, 64), (7, 100), (3, 2048), (2, 8200), (9, 17)]
 
 
 @pytest.mark.parametrize("kernel", both("rms_norm"))

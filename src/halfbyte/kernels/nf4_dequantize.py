@@ -10,10 +10,10 @@ another kernel's sum, while a compiler makes one fused multiply-add of the two, 
 instead of twice: the kernel is compiled with ``enable_fp_fusion=False``.
 
 Bound by memory: 0.5 bytes a value come in, 2 go out, and 1/64 of a scale. A thread takes words of
-8 codes, whose values fill one 16-byte store. The code book is a table in memory, of one cache line
-that stays in L1, read once a value; selecting among 16 constants by the four bits takes 19
-instructions a value of a kind that an H100 does 64 of in a cycle and multiprocessor, which would
-be 1.5 times what the memory takes.
+8 codes, whose values fill one 16-byte store. The code book is a table in memory, one cache line
+that stays in L1, read once a value. Selecting among 16 constants by the four bits instead takes 19
+instructions a value, of a kind of which a multiprocessor of an H100 does 64 a cycle: by count 1.5
+times as long as the bytes take.
 """
 
 from __future__ import annotations
