@@ -13,6 +13,13 @@ import pytest
 # one, a file of them takes a quarter of the time. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Triton looks once, when it is imported and when a kernel is defined, whether its interpreter is to
+# run the kernels. Any of the test files may be the first to import one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -18,6 +18,12 @@ SHAPES = {"tiny": (16, 30), "edge": (16, 256), "ragged": (33, 130), "large": (16
 TRUE = torch.tensor(True)
 ONE = torch.tensor(1.0)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Device, and whether Triton's kernels make the step.
+WAYS = [
+    pytest.param("cpu", False, id="cpu"),
+    pytest.param("cuda", False, id="cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", True, id="cuda-kernels", marks=pytest.mark.gpu),
+]
 
 
 def start() -> dict[str, torch.Tensor]:
@@ -40,11 +46,13 @@ def gradients(step: int) -> dict[str, torch.Tensor]:
 
 
 def make(
-    name: str, device: str = "cpu", **settings: float
+    name: str, device: str = "cpu", use_kernels: bool = False, **settings: float
 ) -> tuple[dict[str, nn.Parameter], FlatParameters, AdamW]:
     named = {n: nn.Parameter(t.to(device, copy=True)) for n, t in start().items()}
     flat = flatten_parameters(named)
-    return named, flat, make_optimizer(name, flat, TrainingRecipe(**settings))
+    optimizer = make_optimizer(name, flat, TrainingRecipe(**settings), use_kernels=use_kernels)
+    assert optimizer.use_kernels == use_kernels
+    return named, flat, optimizer
 
 
 def put(flat: FlatParameters, found: dict[str, torch.Tensor]) -> None:
@@ -78,12 +86,14 @@ def test_adamw_is_torchs(weight_decay: float) -> None:
         torch.testing.assert_close(v.double(), state["exp_avg_sq"], rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "use_kernels"), WAYS)
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_8bit_is_that_of_bitsandbytes(name: str, weight_decay: float, device: str) -> None:
+def test_8bit_is_that_of_bitsandbytes(
+    name: str, weight_decay: float, device: str, use_kernels: bool
+) -> None:
     optim = pytest.importorskip("bitsandbytes.optim")
-    named, flat, optimizer = make(name, device, weight_decay=weight_decay)
+    named, flat, optimizer = make(name, device, use_kernels, weight_decay=weight_decay)
     reference = {n: nn.Parameter(t.to(device)) for n, t in start().items()}
     lr, one, true = torch.zeros((), device=device), ONE.to(device), TRUE.to(device)
     # On a GPU theirs takes 1 - β₂ and 1 - β₂ᵗ in fp32, which is up to 3e-5 off, so that a few codes
@@ -198,12 +208,13 @@ def test_the_size_of_the_chunks_does_not_show(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("use_kernels", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-def test_a_captured_step_is_the_eager_one(name: str) -> None:
+def test_a_captured_step_is_the_eager_one(name: str, use_kernels: bool) -> None:
     lr, scale, do_update = (t.cuda() for t in (ONE.clone(), ONE.clone(), TRUE.clone()))
     weights = []
     for captured in (False, True):
-        _, flat, optimizer = make(name, "cuda", weight_decay=0.1)
+        _, flat, optimizer = make(name, "cuda", use_kernels, weight_decay=0.1)
         graph = torch.cuda.CUDAGraph()
         if captured:
             with torch.cuda.graph(graph):
