@@ -58,14 +58,13 @@ def launch_all(c: torch.dtype) -> None:
         return torch.empty(TOKENS, width + extra, dtype=dtype)[:, :width]
 
     rstd = torch.empty(TOKENS)
-    for width in (2048, 12288):
-        for stream_dtype in (torch.float32, c):
-            weight = torch.empty(width, dtype=c)
-            stream = rows(width, dtype=stream_dtype)
-            rms_norm(stream, rows(width), weight, 1e-5, stream, rows(width, 24), rstd)
-            rms_norm(stream, None, weight, 1e-5, None, rows(width), rstd, unit_offset=True)
-            rms_norm_backward(rows(width, 24), stream, rstd, weight, stream.clone(), rows(width, 8))
-            rms_norm_backward(rows(width), stream, rstd, weight, stream.clone(), None, first=True)
+    for width, stream_dtype in ((2048, torch.float32), (2048, c), (12288, torch.float32)):
+        weight = torch.empty(width, dtype=c)
+        stream = rows(width, dtype=stream_dtype)
+        rms_norm(stream, rows(width), weight, 1e-5, stream, rows(width, 24), rstd)
+        rms_norm(stream, None, weight, 1e-5, None, rows(width), rstd, unit_offset=True)
+        rms_norm_backward(rows(width, 24), stream, rstd, weight, stream.clone(), rows(width, 8))
+        rms_norm_backward(rows(width), stream, rstd, weight, stream.clone(), None, first=True)
     for head_dim, positions in ((64, torch.int32), (128, torch.int64), (80, torch.int64)):
         table = torch.empty(32, head_dim // 2)
         ids = torch.zeros(TOKENS, dtype=positions)
