@@ -16,22 +16,33 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("halfbyte", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
-def write_results(name: str, rows: list[dict[str, Any]], device: str | None = None) -> Path:
-    """Write ``benchmarks/results/NAME.json``.
+def write_results(
+    name: str,
+    rows: list[dict[str, Any]],
+    device: str | None = None,
+    *,
+    versions: dict[str, str] | None = None,
+    path: Path | None = None,
+    command: str | None = None,
+    commit: str | None = None,
+    day: str | None = None,
+) -> Path:
+    """Write ``benchmarks/results/NAME.json``, or ``path``.
 
     Each row is ``{case, tool, metric, value, unit}``. ``device`` is by default this machine's CPU
-    with its threads.
+    with its threads; the rest is by default of this process, and is given where the figures were
+    made by another one.
     """
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = path or ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(
         json.dumps(
             {
-                "command": _command(),
-                "commit": _commit(),
-                "date": date.today().isoformat(),
+                "command": command or command_typed(),
+                "commit": commit or commit_here(),
+                "date": day or date.today().isoformat(),
                 "device": device or _cpu(),
-                "versions": _versions(),
+                "versions": versions or _versions(),
                 "rows": [
                     {**row, "value": float(f"{row['value']:.6g}")}
                     if isinstance(row["value"], float)
@@ -44,24 +55,25 @@ def write_results(name: str, rows: list[dict[str, Any]], device: str | None = No
         + "\n",
         encoding="utf-8",
     )
-    print(f"written: {path.relative_to(ROOT)}", file=sys.stderr)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    print(f"written: {shown}", file=sys.stderr)
     return path
 
 
-def _command() -> str:
+def command_typed() -> str:
+    """The command of this process as it would be typed in the repository."""
     # Paths by their last part: where a file lies on this machine says nothing to a reader.
     words = [Path(a).name if a.startswith(("/", "..")) else a for a in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def commit_here() -> str:
+    """The commit that is checked out, empty outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # a machine without git
+        return ""
     return done.stdout.strip()
 
 
