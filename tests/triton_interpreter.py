@@ -1,4 +1,5 @@
-"""Triton's interpreter for machines without a GPU; import this before any kernel.
+"""Triton's interpreter for machines without a GPU; import this before any kernel
+(``# isort: split`` after it). Skips the module that imports it where there is no Triton.
 
 ``DEVICE`` is where kernels can be tested. The interpreter gets two repairs, which change nothing
 where it needs none.
@@ -10,7 +11,10 @@ import os
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
