@@ -2,9 +2,9 @@
 
     python tests/compile_attention.py
 
-Prints a line of JSON for each: the kernel, its case, its shared memory in bytes, and how many matrix
-instructions and asynchronous copies it has.
-Triton's interpreter has to be off. Tensors lie on the CPU: a launch is stopped before it runs.
+Prints a line of JSON for each: the kernel, its case, its shared memory in bytes, and how many
+matrix instructions and asynchronous copies it has. Triton's interpreter has to be off. Tensors lie
+on the CPU: a launch is stopped before it runs.
 """
 
 from __future__ import annotations
