@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import halfbyte
+from halfbyte.cli.bench import bench
 from halfbyte.cli.chat import chat
 from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
@@ -36,6 +37,7 @@ app.command(short_help="Write a run's report again, or compare several.")(report
 app.command(short_help="Talk with a fine-tuned model.")(chat)
 app.command(short_help="Fine-tune a small real model here and now.")(demo)
 app.command(short_help="Say what of this machine is used, what is missing.")(doctor)
+app.command(short_help="Measure a training step and this machine.")(bench)
 
 
 def _version(asked: bool) -> None:
