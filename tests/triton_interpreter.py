@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402

@@ -110,7 +110,7 @@ def backward_tiles(head_dim: int, max_seqlen: int, element_size: int, roomy: boo
             return Tiles(64, 32, 4, 2, False)
         return Tiles(128, 64 if roomy else 32, 8, 2, True)
     if max_seqlen <= SHORT:
-        # Two programs a multiprocessor; as many as there can be of this many registers.
+        # At 246 registers a thread two programs fit on a multiprocessor, and no more of them.
         return Tiles(64, 64, 4, 2, False)
     return Tiles(128, 64, 8, 3, True)
 
@@ -170,8 +170,8 @@ def attention_backward(
 ) -> None:
     """Write ``d_qkv``, every element of it, and ``delta``.
 
-    Small batches with grouped heads allocate fp32 sums of dk and dv: at most twice
-    ENOUGH_PROGRAMS · block · 2 · head_dim elements, 12 MiB for TinyLlama at 768 tokens.
+    Small batches with grouped heads allocate fp32 sums of dk and dv: 12 MiB for TinyLlama at 768
+    tokens, and with groups of 2ⁿ heads at most 4 · ENOUGH_PROGRAMS · block · head_dim elements.
     """
     T, rows = len(qkv), len(cu_seqlens) - 1
     if T == 0:
