@@ -326,8 +326,16 @@ def test_the_limit_of_the_tight_case_is_what_unsloth_took(place: Place) -> None:
     assert "not measured" in run.measure(halfbyte)["error"]
     assert run.run_all([unsloth, halfbyte]) == []
     assert limits == [1.4]
-    found = summary.summarise(run.found)[0]["tinyllama-tight", "halfbyte"]
-    assert found["memory_limit_gib"] == pytest.approx(1.4e9 / 2**30)
+    figures, warnings = summary.summarise(run.found)
+    ours = figures["tinyllama-tight", "halfbyte"]
+    assert ours["memory_limit_gib"] == pytest.approx(1.4e9 / 2**30)
+    assert warnings == []
+    # It is said where the limit was not kept, or not put.
+    line = run.found[halfbyte.key]
+    run.found[halfbyte.key] = line | {"peak_bytes": 1_600_000_000}
+    assert "halfbyte took 1.490 GiB, unsloth 1.397" in summary.summarise(run.found)[1][0]
+    run.found[halfbyte.key] = line | {"memory_limit_gb": None}
+    assert "NO LIMIT" in summary.summarise(run.found)[1][0]
 
 
 def test_busy_time_is_a_union(tmp_path: Path) -> None:
@@ -337,7 +345,20 @@ def test_busy_time_is_a_union(tmp_path: Path) -> None:
     kinds.append(("cuda_runtime", 0, 99999))
     events = [{"ph": "X", "cat": cat, "ts": ts, "dur": dur} for cat, ts, dur in kinds]
     trace.write_text(json.dumps({"traceEvents": events}))
-    assert kernel_time.read_trace(trace, 2) == {"gpu_busy_ms": 1.75, "kernels": 1.0}
+    assert kernel_time.read_trace(trace, 2) == {
+        "gpu_busy_ms": 1.75,
+        "kernels": 1.0,
+        "span_ms": 4.75,
+    }
+
+
+def test_steps_under_the_profiler_are_those_made() -> None:
+    profile = {"gpu_busy_ms": 9.0, "kernels": 100.0, "span_ms": 10.5}
+    assert kernel_time.for_steps_made(profile, 10, 10.0) == profile
+    # The losses of 16 steps were read while the numbers went on by 10.
+    late = {name: value * 1.6 for name, value in profile.items()}
+    corrected = kernel_time.for_steps_made(late, 10, 10.4)
+    assert corrected == pytest.approx(profile)
 
 
 def test_labels_are_counted_alike_however_a_batch_is_laid_out() -> None:

@@ -24,16 +24,31 @@ def union_length(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def read_trace(path: Path, steps: int) -> dict[str, float]:
-    """Of a Chrome trace over ``steps`` steps: busy milliseconds and kernels, each by the step."""
+    """Of a Chrome trace over ``steps`` steps, each by the step: busy milliseconds, kernels, and
+    the milliseconds from the first one's begin to the last one's end."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     found = [e for e in events if e.get("ph") == "X" and e.get("cat") in ON_DEVICE]
     if not found:
         raise RuntimeError("the profile holds no kernel")
+    span_us = max(e["ts"] + e["dur"] for e in found) - min(e["ts"] for e in found)
     busy_us = union_length((float(e["ts"]), float(e["dur"])) for e in found)
     return {
         "gpu_busy_ms": busy_us / 1e3 / steps,
         "kernels": sum(e["cat"] == "kernel" for e in found) / steps,
+        "span_ms": span_us / 1e3 / steps,
     }
+
+
+def for_steps_made(profile: dict[str, float], steps: int, ms: float) -> dict[str, float]:
+    """``profile`` by the step that was really made, where it was taken for ``steps``.
+
+    Where losses are read late and several at once, more steps may have been made between the
+    events of two steps than lie between their numbers; ``ms`` is what a step takes.
+    """
+    made = profile["span_ms"] * steps / ms
+    if abs(made / steps - 1) < 0.2:  # profiled, a step takes a little longer
+        return profile
+    return {name: value * steps / max(1, round(made)) for name, value in profile.items()}
 
 
 class KernelProfile:

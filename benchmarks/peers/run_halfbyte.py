@@ -14,7 +14,10 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from peers.kernel_time import KernelProfile, for_steps_made
 
 STARTED = time.perf_counter()
 
@@ -66,8 +69,6 @@ class Listener:
                 raise EnoughSteps
             return
         if event.step == self._window[0]:
-            from peers.kernel_time import KernelProfile
-
             self._mark.touch()
             self._profiler = KernelProfile()
             self._profiler.start()
@@ -104,6 +105,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["fp16"]:
         os.environ["HALFBYTE_PROXY"] = "t4"
     import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
 
     from halfbyte import train
 
@@ -111,9 +114,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit("no CUDA device")
     if spec["profile"]:
         # A graph captured before the profiler's library is loaded is not seen by it.
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]):
+        with profiling(activities=[ProfilerActivity.CUDA]):
             torch.zeros(1, device="cuda")
     recipe, limit = make_recipe(spec)
     listener = Listener(spec)
@@ -131,6 +132,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     steps = listener.steps
     timed = [s.seconds * 1e3 for s in steps[spec["warmup"] :]]
     heard = listener.heard[spec["warmup"] :]
+    profile = listener.profile
+    if profile:
+        profile = for_steps_made(profile, spec["profiled_steps"], median(timed))
     return {
         "ms": timed,
         # Between the events, as a check of the times that the events hold.
@@ -149,7 +153,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "said": listener.said,
         "gpu": torch.cuda.get_device_name(0),
         "versions": versions(),
-        **listener.profile,
+        **profile,
     }
 
 

@@ -19,6 +19,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from peers.kernel_time import KernelProfile
+
 STARTED = time.perf_counter()
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, ALPHA, LEARNING_RATE, SEED = 16, 32, 2e-4, 42
@@ -183,8 +185,6 @@ def make_clock(spec: dict[str, Any]) -> Any:
     """A callback that times the steps, profiles the one after them and ends the training."""
     import torch
     from transformers import TrainerCallback
-
-    from peers.kernel_time import KernelProfile
 
     last = spec["warmup"] + spec["steps"]
 

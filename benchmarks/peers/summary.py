@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from peers.cases import CASES, PEERS, WARMUP
+from peers.cases import CASES, PEERS, RECIPE_STEPS, WARMUP
 from peers.runner import CONTEXT
 
 GIB = 2**30
@@ -31,6 +31,7 @@ UNITS = {
     "tokenize_s": "s",
     "wall_s": "s",
     "wall_steps_s": "s",
+    "wall_s_estimated": "s",
     "loss_first": "nats",
     "loss_last": "nats",
     "skipped_steps": "",
@@ -58,6 +59,9 @@ def summarise(
                 texts = dict.fromkeys(text for line in rounds for text in line.get("said", ()))
                 warnings += [f"{case.name}, {tool}: {text}" for text in texts]
         warnings += unequal_work(case.name, found)
+        if case.tight:
+            warnings += _over_the_limit(case.name, figures)
+    figures |= _estimated_walls(figures)
     machines = {line["gpu"] for line in found.values() if line.get("gpu")}
     if len(machines) > 1:
         warnings.append(f"NOT ONE MACHINE: {', '.join(sorted(machines))}")
@@ -129,6 +133,30 @@ def _busy(lines: list[dict[str, Any]]) -> Figures:
     return {"gpu_busy_ms": least["gpu_busy_ms"], "kernels": least["kernels"]}
 
 
+def _over_the_limit(case: str, figures: dict[tuple[str, str], Figures]) -> list[str]:
+    ours, theirs = (figures.get((case, tool)) for tool in ("halfbyte", "unsloth"))
+    if ours is None:
+        return []
+    if "memory_limit_gib" not in ours:
+        return [f"{case}: NO LIMIT was put on halfbyte's memory"]
+    if theirs is None or "peak_gib" not in theirs or ours.get("peak_gib", 0) <= theirs["peak_gib"]:
+        return []
+    return [f"{case}: halfbyte took {ours['peak_gib']:.3f} GiB, unsloth {theirs['peak_gib']:.3f}"]
+
+
+def _estimated_walls(
+    figures: dict[tuple[str, str], Figures],
+) -> dict[tuple[str, str], Figures]:
+    """What the whole recipe would take a peer: start to first step, and its steps; no saving."""
+    return {
+        ("recipe-cold", tool): {
+            "wall_s_estimated": of_tool["setup_s"] + RECIPE_STEPS * of_tool["ms_per_step"] / 1e3
+        }
+        for (case, tool), of_tool in figures.items()
+        if case == "tinyllama-tight" and tool in PEERS and "setup_s" in of_tool
+    }
+
+
 def _quartile(ordered: list[float], share: float) -> float:
     return ordered[round(share * (len(ordered) - 1))]
 
@@ -173,7 +201,7 @@ def ratios(figures: dict[tuple[str, str], Figures]) -> dict[tuple[str, str], Fig
     found = {}
     for (case, tool), theirs in figures.items():
         ours = figures.get((case, "halfbyte"))
-        if tool not in PEERS or ours is None:
+        if tool not in PEERS or ours is None or "ms_per_step" not in theirs:
             continue
         # By the token, where the steps are not the same number of tokens after all.
         own = ours["ms_per_step"] / ours["tokens_per_step"] * theirs["tokens_per_step"]
@@ -242,6 +270,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         ("alloc.", "peak_allocated_gib", "{:.2f}"),
         ("res.", "peak_reserved_gib", "{:.2f}"),
         ("wall s", "wall_s", "{:.1f}"),
+        ("est.", "wall_s_estimated", "{:.0f}"),
         ("loss", "loss_last", "{:.4f}"),
     )
     lines = [f"{'tool':18}" + "".join(f"{title:>10}" for title, _, _ in columns)]
