@@ -10,6 +10,7 @@ one graph is the whole step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -73,8 +74,11 @@ class CapturedStep:
         graph.capture_begin(pool=self._pool)
         try:
             self._run(inputs, last, pretend=False)
-        finally:
-            graph.capture_end()
+        except Exception:
+            with suppress(RuntimeError):  # that the capture failed is known
+                graph.capture_end()
+            raise
+        graph.capture_end()
         self.graphs[bucket, last] = graph
 
     def _run(self, inputs: StaticInputs, last: bool, pretend: bool) -> None:

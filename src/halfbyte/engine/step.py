@@ -114,7 +114,8 @@ class TrainStep:
         factor = clip_scale(norm, self.max_grad_norm) / scaler.scale
         # A step without an update does not advance the schedule.
         at = self.optimizer.count.clamp(max=len(self.learning_rates) - 1)
-        self.optimizer.step(self.learning_rates[at], factor, finite)
+        rate = self.learning_rates.index_select(0, at.view(1)).view(())
+        self.optimizer.step(rate, factor, finite)
         scaler.update(finite)
         self.model.adapter_changed()
         self.values.copy_(torch.stack([self.loss, norm, finite.float()]))

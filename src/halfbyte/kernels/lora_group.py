@@ -86,23 +86,30 @@ def lora_down(x: Tensor, group: LoraGroup, keys: Tensor | None) -> None:
     """
     tokens, n, rank = len(x), len(group.parts), _rank(group.r)
     drop = keys is not None and group.p > 0.0
-    # 16 rows a program: at 768 tokens q, k and v together are then 144 programs for 132 SMs.
-    block_t, block_k = 16, min(256, triton.next_power_of_2(group.columns))
-    pad = 1 if group.extra > n * group.r else 0
-    _lora_down[(triton.cdiv(tokens, block_t), n + pad)](
+    block_t, block_k = 64, min(128, triton.next_power_of_2(group.columns))
+    # A few hundred tokens give too few programs for a long sum each: it is split, and the parts
+    # are added in a second launch. q, k and v of TinyLlama took 23 µs in one, 7 in two.
+    row_blocks, steps = triton.cdiv(tokens, block_t), triton.cdiv(group.columns, block_k)
+    splits = _splits(row_blocks * n, steps)
+    parts = x if splits == 1 else x.new_empty(splits, tokens, n * group.r, dtype=torch.float32)
+    keep_scale = group.keep_scale if drop else 1.0
+    _lora_down[(row_blocks, n * splits)](
         x,
+        parts,
         group.shadow,
         group.table,
         keys if drop else group.table,
         tokens,
         x.stride(0),
-        group.keep_scale if drop else 1.0,
+        keep_scale,
         drop_threshold(group.p),
         K=group.columns,
         EXTRA=group.extra,
         N=n,
         RANK=group.r,
         DROP=drop,
+        SPLITS=splits,
+        STEPS=triton.cdiv(steps, splits),
         BT=block_t,
         BK=block_k,
         R=rank,
@@ -110,6 +117,20 @@ def lora_down(x: Tensor, group: LoraGroup, keys: Tensor | None) -> None:
         EXACT=_exact(x),
         num_warps=4,
     )
+    if splits > 1:
+        _sum_down[(triton.cdiv(tokens, 8),)](
+            parts,
+            x,
+            tokens,
+            x.stride(0),
+            keep_scale,
+            K=group.columns,
+            EXTRA=group.extra,
+            WIDTH=n * group.r,
+            SPLITS=splits,
+            BLOCK=triton.next_power_of_2(group.extra),
+            num_warps=4,
+        )
 
 
 def lora_grad_input(d_x: Tensor, group: LoraGroup, keys: Tensor | None) -> None:
@@ -146,33 +167,48 @@ def lora_grads(x: Tensor, d_x: Tensor, d_y: Tensor, group: LoraGroup, keys: Tens
     """
     tokens, n, rank = len(x), len(group.parts), _rank(group.r)
     drop = keys is not None and group.p > 0.0
-    block_m = 64
+    block_t, block_m = 64, 64
     widest = max(group.columns, *(part.rows for part in group.parts))
-    _lora_grads[(triton.cdiv(widest, block_m), 2 * n)](
+    blocks = triton.cdiv(widest, block_m)
+    used = n * triton.cdiv(group.columns, block_m) + sum(
+        triton.cdiv(part.rows, block_m) for part in group.parts
+    )
+    steps = triton.cdiv(tokens, block_t)
+    splits = _splits(used, steps)
+    steps = triton.cdiv(steps, splits)
+    parts = group.grad
+    if splits > 1:
+        parts = x.new_empty(splits, 2 * n, blocks, rank, block_m, dtype=torch.float32)
+    keep_scale = group.keep_scale if drop else 1.0
+    sizes = {"K": group.columns, "N": n, "RANK": group.r, "BM": block_m, "R": rank}
+    _lora_grads[(blocks, 2 * n, splits)](
         x,
         d_x,
         d_y,
         group.grad,
+        parts,
         group.table,
         keys if drop else group.table,
         tokens,
+        steps * block_t,
         x.stride(0),
         d_x.stride(0),
         d_y.stride(0),
-        group.keep_scale if drop else 1.0,
+        keep_scale,
         group.scale,
         drop_threshold(group.p),
-        K=group.columns,
-        N=n,
-        RANK=group.r,
+        **sizes,
         DROP=drop,
-        BT=64,
-        BM=block_m,
-        R=rank,
+        SPLIT=splits > 1,
+        BT=block_t,
         EXACT=_exact(x),
         num_warps=4,
         num_stages=3,
     )
+    if splits > 1:
+        _sum_grads[(blocks, 2 * n)](
+            parts, group.grad, group.table, keep_scale, group.scale, **sizes, SPLITS=splits
+        )
 
 
 @dataclass(frozen=True)
@@ -215,6 +251,17 @@ def fold_b(fold: Fold) -> None:
     )
 
 
+# Programs that keep a GPU of 132 multiprocessors busy while each waits for memory. A constant: how
+# sums are split must not depend on the card.
+_ENOUGH_PROGRAMS = 512
+
+
+def _splits(programs: int, steps: int) -> int:
+    """In how many parts each program's loop of ``steps`` is divided among further programs."""
+    wanted = min(steps, max(1, _ENOUGH_PROGRAMS // programs))
+    return triton.cdiv(steps, triton.cdiv(steps, wanted))
+
+
 def _rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
@@ -236,6 +283,7 @@ def _kept(rows, first, multiplier, offset, threshold, K: tl.constexpr, BK: tl.co
 @triton.jit(do_not_specialize=["T"])
 def _lora_down(  # type: ignore[no-untyped-def]
     x,
+    parts,
     shadow,
     table,
     keys,
@@ -248,45 +296,78 @@ def _lora_down(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     RANK: tl.constexpr,
     DROP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STEPS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     R: tl.constexpr,
     PAD: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    i = tl.program_id(1)
+    i = tl.program_id(1) % N
+    split = tl.program_id(1) // N
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     live = (rows < T)[:, None]
     at = x + rows.to(tl.int64)[:, None] * stride
-    if i == N:
-        pad = N * RANK + tl.arange(0, PAD)[None, :]
-        zero = tl.zeros((BT, PAD), x.dtype.element_ty)
-        tl.store(at + K + pad, zero, mask=live & (pad < EXTRA))
-    else:
-        rank = tl.arange(0, R)
-        a = shadow + tl.load(table + i * 5)
-        acc = tl.zeros((BT, R), tl.float32)
-        multiplier = tl.full((), 0, tl.uint32)
-        offset = tl.full((), 0, tl.uint32)
+    rank = tl.arange(0, R)
+    a = shadow + tl.load(table + i * 5)
+    acc = tl.zeros((BT, R), tl.float32)
+    multiplier = tl.full((), 0, tl.uint32)
+    offset = tl.full((), 0, tl.uint32)
+    if DROP:
+        key = keys + 2 * tl.load(table + i * 5 + 4)
+        multiplier = tl.load(key).to(tl.uint32, bitcast=True)
+        offset = tl.load(key + 1).to(tl.uint32, bitcast=True)
+    for step in range(STEPS):
+        first = (split * STEPS + step) * BK
+        columns = first + tl.arange(0, BK)
+        inside = (columns < K)[None, :]
+        value = tl.load(at + columns[None, :], mask=live & inside, other=0.0)
         if DROP:
-            key = keys + 2 * tl.load(table + i * 5 + 4)
-            multiplier = tl.load(key).to(tl.uint32, bitcast=True)
-            offset = tl.load(key + 1).to(tl.uint32, bitcast=True)
-        for first in range(0, K, BK):
-            columns = first + tl.arange(0, BK)
-            inside = (columns < K)[None, :]
-            value = tl.load(at + columns[None, :], mask=live & inside, other=0.0)
-            if DROP:
-                kept = _kept(rows, first, multiplier, offset, threshold, K, BK)
-                value = tl.where(kept, value, 0.0)
-            weight = tl.load(
-                a + rank[None, :] * K + columns[:, None],
-                mask=(columns < K)[:, None] & (rank < RANK)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(value, weight, acc, input_precision="ieee" if EXACT else "tf32")
+            kept = _kept(rows, first, multiplier, offset, threshold, K, BK)
+            value = tl.where(kept, value, 0.0)
+        weight = tl.load(
+            a + rank[None, :] * K + columns[:, None],
+            mask=(columns < K)[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(value, weight, acc, input_precision="ieee" if EXACT else "tf32")
+    mask = live & (rank < RANK)[None, :]
+    if SPLITS == 1:
         out = (acc * keep_scale).to(x.dtype.element_ty)
-        tl.store(at + K + i * RANK + rank[None, :], out, mask=live & (rank < RANK)[None, :])
+        tl.store(at + K + i * RANK + rank[None, :], out, mask=mask)
+        if EXTRA > N * RANK:
+            if i == 0:
+                pad = N * RANK + tl.arange(0, PAD)[None, :]
+                zero = tl.zeros((BT, PAD), x.dtype.element_ty)
+                tl.store(at + K + pad, zero, mask=live & (pad < EXTRA))
+    else:
+        to = parts + (split * T + rows).to(tl.int64)[:, None] * (N * RANK) + i * RANK
+        tl.store(to + rank[None, :], acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _sum_down(  # type: ignore[no-untyped-def]
+    parts,
+    x,
+    T,
+    stride,
+    keep_scale,
+    K: tl.constexpr,
+    EXTRA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * 8 + tl.arange(0, 8)
+    column = tl.arange(0, BLOCK)[None, :]
+    live = (rows < T)[:, None]
+    total = tl.zeros((8, BLOCK), tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = parts + (split * T + rows).to(tl.int64)[:, None] * WIDTH + column
+        total += tl.load(at, mask=live & (column < WIDTH), other=0.0)
+    to = x + rows.to(tl.int64)[:, None] * stride + K + column
+    tl.store(to, (total * keep_scale).to(x.dtype.element_ty), mask=live & (column < EXTRA))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -335,15 +416,17 @@ def _lora_grad_input(  # type: ignore[no-untyped-def]
     tl.store(at + columns[None, :], new, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "span"])
 def _lora_grads(  # type: ignore[no-untyped-def]
     x,
     d_x,
     d_y,
     grad,
+    parts,
     table,
     keys,
     T,
+    span,
     stride_x,
     stride_dx,
     stride_dy,
@@ -354,59 +437,52 @@ def _lora_grads(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     RANK: tl.constexpr,
     DROP: tl.constexpr,
+    SPLIT: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
     R: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     which = tl.program_id(1)
+    i = which % N
     first = tl.program_id(0) * BM
+    begin = tl.program_id(2) * span
+    end = tl.minimum(begin + span, T)
     columns = first + tl.arange(0, BM)
     rank = tl.arange(0, R)
     ranked = (rank < RANK)[None, :]
     acc = tl.zeros((R, BM), tl.float32)
-    if which < N:
-        # dA [r, K] = gᵀ drop(x)
-        i = which
-        inside = (columns < K)[None, :]
-        multiplier = tl.full((), 0, tl.uint32)
-        offset = tl.full((), 0, tl.uint32)
-        if DROP:
-            key = keys + 2 * tl.load(table + i * 5 + 4)
-            multiplier = tl.load(key).to(tl.uint32, bitcast=True)
-            offset = tl.load(key + 1).to(tl.uint32, bitcast=True)
-        if first < K:
-            for t in range(0, T, BT):
+    count = _count(table, which, i, K, N)
+    if first < count:
+        inside = (columns < count)[None, :]
+        if which < N:
+            # dA [r, K] = gᵀ drop(x)
+            multiplier = tl.full((), 0, tl.uint32)
+            offset = tl.full((), 0, tl.uint32)
+            if DROP:
+                key = keys + 2 * tl.load(table + i * 5 + 4)
+                multiplier = tl.load(key).to(tl.uint32, bitcast=True)
+                offset = tl.load(key + 1).to(tl.uint32, bitcast=True)
+            for t in range(begin, end, BT):
                 rows = t + tl.arange(0, BT)
-                live = (rows < T)[:, None]
+                live = (rows < end)[:, None]
                 at = rows.to(tl.int64)[:, None]
                 g = tl.load(
                     d_x + at * stride_dx + K + i * RANK + rank[None, :],
                     mask=live & ranked,
                     other=0.0,
                 )
-                value = tl.load(
-                    x + at * stride_x + columns[None, :], mask=live & inside, other=0.0
-                )
+                value = tl.load(x + at * stride_x + columns[None, :], mask=live & inside, other=0.0)
                 if DROP:
                     kept = _kept(rows, first, multiplier, offset, threshold, K, BM)
                     value = tl.where(kept, value, 0.0)
-                acc = tl.dot(
-                    tl.trans(g), value, acc, input_precision="ieee" if EXACT else "tf32"
-                )
-            to = grad + tl.load(table + i * 5) + rank[:, None] * K + columns[None, :]
-            mask = tl.trans(ranked) & inside
-            tl.store(to, tl.load(to, mask=mask, other=0.0) + acc * keep_scale, mask=mask)
-    else:
-        # dB [rows, r] = s dyᵀ u, made transposed
-        i = which - N
-        row0 = tl.load(table + i * 5 + 2)
-        count = tl.load(table + i * 5 + 3)
-        inside = (columns < count)[None, :]
-        if first < count:
-            for t in range(0, T, BT):
+                acc = tl.dot(tl.trans(g), value, acc, input_precision="ieee" if EXACT else "tf32")
+        else:
+            # dB [rows, r] = s dyᵀ u, made transposed
+            row0 = tl.load(table + i * 5 + 2)
+            for t in range(begin, end, BT):
                 rows = t + tl.arange(0, BT)
-                live = (rows < T)[:, None]
+                live = (rows < end)[:, None]
                 at = rows.to(tl.int64)[:, None]
                 u = tl.load(
                     x + at * stride_x + K + i * RANK + rank[None, :], mask=live & ranked, other=0.0
@@ -414,12 +490,78 @@ def _lora_grads(  # type: ignore[no-untyped-def]
                 value = tl.load(
                     d_y + at * stride_dy + row0 + columns[None, :], mask=live & inside, other=0.0
                 )
-                acc = tl.dot(
-                    tl.trans(u), value, acc, input_precision="ieee" if EXACT else "tf32"
-                )
-            to = grad + tl.load(table + i * 5 + 1) + columns[None, :] * RANK + rank[:, None]
-            mask = tl.trans(ranked) & inside
-            tl.store(to, tl.load(to, mask=mask, other=0.0) + acc * scale, mask=mask)
+                acc = tl.dot(tl.trans(u), value, acc, input_precision="ieee" if EXACT else "tf32")
+        if SPLIT:
+            tile = tl.program_id(2) * (2 * N) + which
+            tile = (tile * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (R * BM)
+            tl.store(parts + tile + _tile(R, BM), acc)
+        else:
+            _add_grads(grad, table, which, i, columns, count, acc, keep_scale, scale, K, N, RANK, R)
+
+
+@triton.jit
+def _sum_grads(  # type: ignore[no-untyped-def]
+    parts,
+    grad,
+    table,
+    keep_scale,
+    scale,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    BM: tl.constexpr,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    which = tl.program_id(1)
+    i = which % N
+    first = tl.program_id(0) * BM
+    count = _count(table, which, i, K, N)
+    if first < count:
+        acc = tl.zeros((R, BM), tl.float32)
+        for split in tl.static_range(SPLITS):
+            tile = split * (2 * N) + which
+            tile = (tile * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (R * BM)
+            acc += tl.load(parts + tile + _tile(R, BM))
+        columns = first + tl.arange(0, BM)
+        _add_grads(grad, table, which, i, columns, count, acc, keep_scale, scale, K, N, RANK, R)
+
+
+@triton.jit
+def _tile(R: tl.constexpr, BM: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.arange(0, R)[:, None] * BM + tl.arange(0, BM)[None, :]
+
+
+@triton.jit
+def _count(table, which, i, K: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns of A, or rows of B."""
+    return tl.where(which < N, K, tl.load(table + i * 5 + 3))
+
+
+@triton.jit
+def _add_grads(  # type: ignore[no-untyped-def]
+    grad,
+    table,
+    which,
+    i,
+    columns,
+    count,
+    acc,
+    keep_scale,
+    scale,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+):
+    rank = tl.arange(0, R)[:, None]
+    mask = (rank < RANK) & (columns < count)[None, :]
+    if which < N:
+        to = grad + tl.load(table + i * 5) + rank * K + columns[None, :]
+        tl.store(to, tl.load(to, mask=mask, other=0.0) + acc * keep_scale, mask=mask)
+    else:
+        to = grad + tl.load(table + i * 5 + 1) + columns[None, :] * RANK + rank
+        tl.store(to, tl.load(to, mask=mask, other=0.0) + acc * scale, mask=mask)
 
 
 @triton.jit

@@ -89,7 +89,9 @@ class FusedNetwork:
         self.adapter = adapter
         for joined in self.joined:
             joined.attach(adapter)
-        kept = [(j.group, j.kept) for j in self.joined if j.group is not None and j.kept is not None]
+        kept = [
+            (j.group, j.kept) for j in self.joined if j.group is not None and j.kept is not None
+        ]
         self._fold = make_fold(kept) if kept else None
         self.adapter_changed()
 
@@ -159,7 +161,13 @@ class FusedNetwork:
         if self.stream_dtype != self.compute_dtype:
             d_c = torch.empty_like(d_stream, dtype=self.compute_dtype)
         self.kernels.rms_norm_backward(
-            d_hidden, stream, rstd, self.norm, d_stream, None if d_c is d_stream else d_c, first=True
+            d_hidden,
+            stream,
+            rstd,
+            self.norm,
+            d_stream,
+            None if d_c is d_stream else d_c,
+            first=True,
         )
         del d_hidden, stream
         for layer in reversed(self.layers):

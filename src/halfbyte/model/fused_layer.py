@@ -129,9 +129,7 @@ class FusedLayer:
             self._adapter_gradients(self.down, act, d_act, d_c, rows)
             del act
         d_gate_up = saved.gate_up  # in place
-        k.gated_backward(
-            d_act[:, : self.down.columns], saved.gate_up, d_gate_up, shape.activation
-        )
+        k.gated_backward(d_act[:, : self.down.columns], saved.gate_up, d_gate_up, shape.activation)
         del d_act
         d_n2 = self.gate_up.gradient(d_gate_up)
         if saved.x_gate_up is not None:
@@ -139,7 +137,12 @@ class FusedLayer:
         saved.gate_up = saved.x_gate_up = None
         del d_gate_up
         k.rms_norm_backward(
-            d_n2[:, : self.gate_up.columns], saved.s2, saved.r2, self.norm2, d_stream, _out(d_stream, d_c)
+            d_n2[:, : self.gate_up.columns],
+            saved.s2,
+            saved.r2,
+            self.norm2,
+            d_stream,
+            _out(d_stream, d_c),
         )
         saved.s2 = None
         del d_n2
@@ -171,7 +174,12 @@ class FusedLayer:
         if saved.x_qkv is not None:
             self._adapter_gradients(self.qkv, saved.x_qkv, d_n1, d_qkv, rows)
         k.rms_norm_backward(
-            d_n1[:, : self.qkv.columns], saved.s1, saved.r1, self.norm1, d_stream, _out(d_stream, d_c)
+            d_n1[:, : self.qkv.columns],
+            saved.s1,
+            saved.r1,
+            self.norm1,
+            d_stream,
+            _out(d_stream, d_c),
         )
 
     def _attend(self, stream: Tensor, y: Tensor | None, saved: Saved, rows: Rows) -> None:

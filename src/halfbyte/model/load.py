@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
 from halfbyte.model.free_memory import release_free_memory
+from halfbyte.model.narrow import can_be_narrow, make_narrow
 from halfbyte.model.skeleton import build_skeleton, make_buffers, quantized_linears
 from halfbyte.model.source import ModelSource
 from halfbyte.model.wording import some
@@ -48,7 +49,8 @@ def load_base(
     Each linear layer's weight is moved to the device in the type that it is stored in, quantized
     there and dropped before the next is read, so the 16-bit model never stands whole in memory.
     Their biases are kept in ``compute_dtype``; norms, embeddings and the head in ``rest_dtype``,
-    and a head that is the embedding is kept once.
+    and a head that is the embedding is kept once. An embedding and a head that are stored in
+    ``compute_dtype`` stay in it and are widened where they are used: the same numbers.
 
     Raises ModelError for tensors that are missing, too many, or of a wrong shape or type.
     """
@@ -78,7 +80,7 @@ def load_base(
             release_free_memory()
             unreleased = 0
     release_free_memory()
-    _fill_rest(model, source, device, rest_dtype)
+    _fill_rest(model, source, device, rest_dtype, compute_dtype)
     make_buffers(model, device)
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     return LoadedBase(model, parameters, before, after, sum(kept.values()), len(linears))
@@ -104,19 +106,30 @@ def _untie_what_differs(model: Any, source: ModelSource) -> None:
             model.config.tie_word_embeddings = False
 
 
-def _fill_rest(model: Any, source: ModelSource, device: str, dtype: torch.dtype) -> None:
+def _fill_rest(
+    model: Any, source: ModelSource, device: str, dtype: torch.dtype, compute_dtype: torch.dtype
+) -> None:
     """Read what is no linear layer; parameters that are one object stay one."""
     filled: dict[int, nn.Parameter] = {}
     there = set(source.names())
+    ends = can_be_narrow(model) if dtype.itemsize > compute_dtype.itemsize else {}
+    narrow = []
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in filled or name not in there:
             continue
-        value = _read(source, name, parameter, dtype).to(device)
+        owner = name.rpartition(".")[0]
+        value = _read(source, name, parameter, None if owner in ends else dtype).to(device)
+        if value.dtype == compute_dtype and owner in ends:
+            shared = [n for n, end in ends.items() if end.weight is parameter]
+            narrow += [n for n in shared if n not in narrow]
+        else:
+            value = value.to(dtype)
         filled[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for module in model.modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in filled:
                 setattr(module, leaf, filled[id(parameter)])
+    make_narrow(model, narrow, dtype)
     for name, buffer in list(model.named_buffers()):
         if name in there and buffer.is_meta:
             owner, _, leaf = name.rpartition(".")

@@ -133,8 +133,7 @@ def resolve(
             held_out=held_out,
         ),
         keep_copy=way.keep_copy,
-        seconds_per_token=way.seconds
-        / (way.batch_size * way.gradient_accumulation * max_length),
+        seconds_per_token=way.seconds / (way.batch_size * way.gradient_accumulation * max_length),
     )
 
 

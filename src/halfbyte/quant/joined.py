@@ -21,8 +21,10 @@ from halfbyte.kernels.nf4 import SCALES_PER_BLOCK
 from halfbyte.quant.linear import QLoRALinear
 from halfbyte.quant.nf4 import NF4Weight
 
-# Columns added to a weight are a multiple of this, so that rows begin at multiples of 16 bytes.
-EXTRA_MULTIPLE = 8
+# The columns of a weight are brought to a multiple of the first where its input's are one, else of
+# the second (rows then begin at multiples of 16 bytes). At 768 and 896 tokens an H100's products of
+# 2,048 + 16 columns took 14 and 18 µs backward, of 2,048 + 128 columns 12 and 15.
+_TILE, _ALIGNED = 128, 8
 
 
 class Scratch:
@@ -65,7 +67,8 @@ class JoinedLinear:
         self.bias = _joined_bias(layers)
         adapted = [layer for layer in layers if layer.lora_A is not None]
         rank = 0 if not adapted else len(adapted[0].lora_A)  # type: ignore[arg-type]
-        self.extra = -(-len(adapted) * rank // EXTRA_MULTIPLE) * EXTRA_MULTIPLE
+        multiple = _TILE if self.columns % _TILE == 0 else _ALIGNED
+        self.extra = -(-len(adapted) * rank // multiple) * multiple
         self._pieces = _join(layers)
         self.group: LoraGroup | None = None
         self.kept: Tensor | None = None

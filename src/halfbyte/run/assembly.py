@@ -49,6 +49,7 @@ class Assembly:
             sizes,
             seconds_per_token=self.resolved.seconds_per_token,
             capture_seconds=CAPTURE_SECONDS,
+            multiple=64,
         )
 
     def _batches(self, buckets: list[Bucket] | None) -> Batches:

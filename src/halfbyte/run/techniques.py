@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from halfbyte.data.batch import Batch, TokenizedRow
 from halfbyte.data.batching import make_batch
 from halfbyte.engine.saved import saved_bytes
@@ -76,7 +78,7 @@ def _checkpointing(
 
 def _precision(recipe: Recipe, model: QLoRAModel, choices: Sequence[Choice]) -> Technique:
     reason = _reason(choices, "precision")
-    rest = model.network.get_input_embeddings().weight.dtype
+    rest = torch.float32 if recipe.quantization.upcast_rest else model.compute_dtype
     mixed = recipe.precision != "fp32"
     text = f"Products in {_WORDS[str(recipe.precision)]}"
     if mixed:
