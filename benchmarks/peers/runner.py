@@ -108,7 +108,7 @@ class Runner:
         for m in wanted:
             shape = (m.case.rows, m.case.batch)
             rows[shape] = max(rows.get(shape, 0), m.steps + 8 if m.tool in PEERS else 0)
-        words = [f"{count}:{batch}:{steps}" for (count, batch), steps in rows.items()]
+        words = [f"{n}:{batch}:{steps}" for (n, batch), steps in rows.items() if steps]
         places = [str(self.data), str(self.tokenizer), str(self.work)]
         program = ["-m", "peers.prepare", "model", *places, *words]
         ended = self._start("prepare", program, self._own_environment(), 180)
