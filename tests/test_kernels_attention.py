@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,104 +19,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_interpreter import DEVICE
+from attention_case import BF16, DEVICE, F16, F32, TOLERANCE, Case, check
 
 # isort: split
 from halfbyte.kernels import attention as file
 from halfbyte.kernels import attention_efficient as efficient
 from halfbyte.kernels import attention_kernels
-from halfbyte.kernels.attention import attention_backward_reference, attention_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of masked numbers, by NumPy
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-LOOK = "nothing may be written here"
-POISON = 77.0
-# Of the largest element: what rounding the products' operands and the results may cost.
-TOLERANCE = {F32: 4e-6, F16: 2e-3, BF16: 1.6e-2}
-
-
-class Case:
-    """Random rows with their gradients upstream, and the results in fp64."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        heads: int = 2,
-        kv_heads: int = 1,
-        head_dim: int = 16,
-        dtype: torch.dtype = F32,
-        window: int | None = None,
-        max_seqlen: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.T, self.rows = sum(lengths), len(lengths)
-        self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, head_dim, dtype
-        self.window, self.max_seqlen = window, max_seqlen or max([*lengths, 1])
-        self.scale = 1.3 / math.sqrt(head_dim)
-        self.width, self.out_width = (heads + 2 * kv_heads) * head_dim, heads * head_dim
-        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
-        self.qkv = torch.randn(self.T, self.width, generator=generator).to(DEVICE, dtype)
-        self.d_out = torch.randn(self.T, self.out_width, generator=generator).to(DEVICE, dtype)
-
-    def args(self) -> tuple[Any, ...]:
-        return (self.max_seqlen, self.heads, self.kv_heads, self.head_dim, self.scale)
-
-    def run(
-        self, forward: Any = None, backward: Any = None, shape: Any = None
-    ) -> dict[str, Tensor]:
-        """What the kernels write, between values that they neither read nor write."""
-        forward, backward = forward or file.attention, backward or file.attention_backward
-        shape = (shape or file.lse_shape)(self.T, self.rows, self.max_seqlen, self.heads)
-        lse = torch.full(shape, math.nan, device=DEVICE)
-        delta = torch.full((self.heads, self.T), math.nan, device=DEVICE)
-        qkv, d_out = self._between(self.qkv, math.nan), self._between(self.d_out, math.nan)
-        out = self._between(torch.full_like(self.d_out, math.nan), POISON)
-        d_qkv = self._between(torch.full_like(self.qkv, math.nan), POISON)
-        borders = self.cu_seqlens
-        forward(qkv, borders, *self.args(), out, lse, window=self.window)
-        backward(d_out, qkv, out, lse, borders, *self.args(), d_qkv, delta, window=self.window)
-        for view in (out, d_qkv):
-            whole = view._base
-            assert whole is not None
-            assert (whole[0] == POISON).all(), LOOK
-            assert (whole[-1] == POISON).all(), LOOK
-            assert (whole[:, view.shape[1] :] == POISON).all(), LOOK
-        return {"out": out, "lse": lse, "delta": delta, **self.parts(d_qkv)}
-
-    def parts(self, d_qkv: Tensor) -> dict[str, Tensor]:
-        widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        return dict(zip(("dq", "dk", "dv"), d_qkv.split(widths, 1), strict=True))
-
-    def expected(self) -> dict[str, Tensor]:
-        """The reference in fp64."""
-        qkv, d_out = self.qkv.double(), self.d_out.double()
-        out, d_qkv = torch.full_like(d_out, math.nan), torch.full_like(qkv, math.nan)
-        lse, delta = (out.new_full((self.heads, self.T), math.nan) for _ in range(2))
-        call = (*self.args(),)
-        attention_reference(qkv, self.cu_seqlens, *call, out, lse, window=self.window)
-        attention_backward_reference(
-            d_out, qkv, out, lse, self.cu_seqlens, *call, d_qkv, delta, window=self.window
-        )
-        return {"out": out, "lse": lse, "delta": delta, **self.parts(d_qkv)}
-
-    @staticmethod
-    def _between(value: Tensor, around: float) -> Tensor:
-        rows, columns = value.shape
-        whole = torch.full((rows + 2, columns + 8), around, dtype=value.dtype, device=DEVICE)
-        view = whole[1:-1, :columns]
-        view.copy_(value)
-        return view
-
-
-def check(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    for name, want in expected.items():
-        bound = 2e-6 if name == "lse" else tolerance
-        error = (found[name].double() - want).abs().max() / want.abs().max()
-        assert error <= bound, f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize(
@@ -292,102 +202,6 @@ def test_configurations_divide() -> None:
                     for table in (file.forward_tiles, file.backward_tiles):
                         cut = table(head_dim, max_seqlen, element_size, roomy)
                         assert cut.block % cut.step == 0
-
-
-class OperatorInPlainPyTorch(TorchDispatchMode):
-    """Stands for the memory-efficient operators, which a CPU does not have.
-
-    By the schema's names; their layout as in PyTorch's own derivative formulas: q, k and v [1, T,
-    heads, D], log-sums [rows, heads, ⌈longest / 32⌉ · 32].
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not name.startswith("_efficient_attention"):
-            return func(*args, **(kwargs or {}))
-        names = [a.name for a in func._schema.arguments]
-        given_ = dict(zip(names, args, strict=False)) | (kwargs or {})
-        q, k, v = (given_[n] for n in ("query", "key", "value"))
-        assert q.shape == k.shape == v.shape
-        assert given_["custom_mask_type"] == 1
-        assert given_["dropout_p"] == 0
-        longest, borders = given_["max_seqlen_q"], given_["cu_seqlens_q"]
-        assert longest == given_["max_seqlen_k"] <= q.shape[1]
-        _, T, heads, head_dim = q.shape
-        call = (borders, longest, heads, heads, head_dim, given_["scale"])
-        qkv = torch.cat((q, k, v), 2)[0].reshape(T, -1).double()
-        out = qkv.new_empty(T, heads * head_dim)
-        lse = qkv.new_empty(heads, T)
-        window = given_.get("window_size")  # a mode is given no arguments that are their defaults
-        attention_reference(qkv, *call, out, lse, window=window)
-        padded = torch.full((len(borders) - 1, heads, -(-longest // 32) * 32), math.inf)
-        for row, (start, stop) in enumerate(pairwise(borders.tolist())):
-            padded[row, :, : stop - start] = lse[:, start:stop]
-        if name == "_efficient_attention_forward":
-            assert given_["compute_log_sumexp"]
-            state = torch.zeros((), dtype=torch.int64)
-            return out.to(q.dtype).view(q.shape), padded, state, state, longest, longest
-        assert given_["num_splits_key"] == 1
-        assert given_["out"].is_contiguous()
-        torch.testing.assert_close(given_["logsumexp"], padded)
-        grads = self._backward(qkv, given_["grad_out_"], lse, borders, given_["scale"], window)
-        return *(g.to(q.dtype)[None] for g in grads), torch.empty(())
-
-    @staticmethod
-    def _backward(
-        qkv: Tensor, d_out: Tensor, lse: Tensor, borders: Tensor, scale: float, window: int | None
-    ) -> list[Tensor]:
-        """dq, dk and dv [T, heads, D]; autograd is out of reach within a mode."""
-        _, T, heads, head_dim = d_out.shape
-        q, k, v = qkv.view(T, 3, heads, head_dim).permute(1, 2, 0, 3)
-        d_o = d_out[0].double().transpose(0, 1)
-        row = (torch.arange(T)[:, None] >= borders[1:]).sum(1)
-        back = torch.arange(T)[:, None] - torch.arange(T)
-        seen = (row[:, None] == row) & (back >= 0) & (back < (window or T))
-        p = (q @ k.mT * scale - lse[:, :, None]).exp() * seen
-        dp = d_o @ v.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        return [t.transpose(0, 1) for t in (ds @ k, ds.mT @ q, p.mT @ d_o)]
-
-
-def run_efficient(case: Case) -> dict[str, Tensor]:
-    found = case.run(efficient.attention, efficient.attention_backward, efficient.lse_shape)
-    starts = case.cu_seqlens.tolist()
-    rows = [found["lse"][i, :, : b - a] for i, (a, b) in enumerate(pairwise(starts))]
-    return {**found, "lse": torch.cat(rows, 1)}
-
-
-def wanted_of_efficient(case: Case) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in case.expected().items() if name != "delta"}
-
-
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("kv_heads", [4, 1])
-def test_the_memory_efficient_operator_is_called_as_its_schema_says(
-    kv_heads: int, window: int | None
-) -> None:
-    case = Case([4, 0, 39, 1], 4, kv_heads, window=window, max_seqlen=500)
-    if DEVICE == "cuda":
-        pytest.skip("has the operator itself")
-    with OperatorInPlainPyTorch():
-        found = run_efficient(case)
-    check(found, wanted_of_efficient(case), 2e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 7, 40])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 4, 64), (8, 1, 64), (4, 2, 80), (2, 1, 128)]
-)
-def test_memory_efficient_attention(
-    heads: int, kv_heads: int, head_dim: int, window: int | None
-) -> None:
-    lengths = [3, 0, 200, 1, 0, 64, 17]
-    case = Case(lengths, heads, kv_heads, head_dim, F16, window)
-    first, again = run_efficient(case), run_efficient(case)
-    check(first, wanted_of_efficient(case), TOLERANCE[F16])
-    for name in ("out", "dq", "dk", "dv"):
-        assert torch.equal(first[name], again[name]), name
 
 
 TINY_LLAMA = {"heads": 32, "kv_heads": 4, "head_dim": 64, "dtype": BF16}
