@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from halfbyte.kernels import (
@@ -73,6 +74,9 @@ ELEMENTWISE = replace(
     attention=attention_efficient.attention,
     attention_backward=attention_efficient.attention_backward,
     attention_lse_shape=attention_efficient.lse_shape,
+    lora_down=partial(lora_group_plain.lora_down, apply=dropout.apply_dropout),
+    lora_grad_input=partial(lora_group_plain.lora_grad_input, apply=dropout.apply_dropout),
+    lora_grads=partial(lora_group_plain.lora_grads, apply=dropout.apply_dropout),
     fold_b=lora_group.fold_b,
     dequantize=nf4_dequantize.nf4_dequantize,
     dropout_keys=dropout.dropout_keys,

@@ -85,6 +85,44 @@ def dropout(x: Tensor, p: float, key: tuple[int, int] | Tensor) -> Tensor:
     return x * keep_mask(tuple(x.shape), p, key, x.device, x.dtype) * (1.0 / (1.0 - p))
 
 
+def apply_dropout_reference(
+    x: Tensor, key: Tensor, p: float, out: Tensor, *, accumulate: bool = False
+) -> None:
+    """What :func:`apply_dropout` does, in plain PyTorch."""
+    mask = keep_mask(tuple(x.shape), p, key, x.device, x.dtype)
+    dropped = x * mask.mul_(1.0 / (1.0 - p))
+    if accumulate:
+        out += dropped
+    else:
+        out.copy_(dropped)
+
+
+def apply_dropout(
+    x: Tensor, key: Tensor, p: float, out: Tensor, *, accumulate: bool = False
+) -> None:
+    """``out`` [T, K] receives, or with ``accumulate`` is added, ``x`` [T, K] dropped and scaled.
+
+    ``key`` int32 [2] is a row of :func:`dropout_keys`. Any row strides; K is even.
+    """
+    tokens, columns = x.shape
+    block_t, block_k = 4, min(512, triton.next_power_of_2(columns))
+    _apply_dropout[(triton.cdiv(tokens, block_t), triton.cdiv(columns, block_k))](
+        x,
+        out,
+        key,
+        tokens,
+        x.stride(0),
+        out.stride(0),
+        1.0 / (1.0 - p),
+        drop_threshold(p),
+        K=columns,
+        ACCUMULATE=accumulate,
+        BT=block_t,
+        BK=block_k,
+        num_warps=4,
+    )
+
+
 def drop_threshold(p: float) -> int:
     """An element is dropped where its 16 bits, taken as an unsigned number, lie below this."""
     return round(p * 2**16)
@@ -126,6 +164,46 @@ def kept_pairs(pair, multiplier, offset, threshold):  # type: ignore[no-untyped-
     even = ((h & 0xFFFF) ^ 0x8000) >= threshold
     odd = ((h >> 16) ^ 0x8000) >= threshold
     return even, odd
+
+
+@triton.jit
+def kept_tile(rows, first, multiplier, offset, threshold, K: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The mask of a tile of a [T, K] tensor: [rows, BK] from column ``first``, an even one, on."""
+    column = (first // 2 + tl.arange(0, BK // 2)).to(tl.uint32)
+    pair = rows.to(tl.uint32)[:, None] * (K // 2) + column[None, :]
+    even, odd = kept_pairs(pair, multiplier, offset, threshold)
+    return tl.interleave(even, odd)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _apply_dropout(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    key,
+    T,
+    stride_x,
+    stride_out,
+    keep_scale,
+    threshold,
+    K: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    first = tl.program_id(1) * BK
+    columns = first + tl.arange(0, BK)
+    mask = (rows < T)[:, None] & (columns < K)[None, :]
+    multiplier = tl.load(key).to(tl.uint32, bitcast=True)
+    offset = tl.load(key + 1).to(tl.uint32, bitcast=True)
+    kept = kept_tile(rows, first, multiplier, offset, threshold, K, BK)
+    at = rows.to(tl.int64)[:, None]
+    value = tl.load(x + at * stride_x + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = tl.where(kept, value * keep_scale, 0.0)
+    to = out + at * stride_out + columns[None, :]
+    if ACCUMULATE:
+        value += tl.load(to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed"])

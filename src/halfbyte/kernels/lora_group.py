@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dropout import drop_threshold, kept_pairs
+from halfbyte.kernels.dropout import drop_threshold, kept_tile
 from halfbyte.kernels.triton_shim import tl, triton
 
 
@@ -271,15 +271,6 @@ def _exact(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-@triton.jit
-def _kept(rows, first, multiplier, offset, threshold, K: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The mask of a tile: [rows, BK] from column ``first``, an even number, on."""
-    column = (first // 2 + tl.arange(0, BK // 2)).to(tl.uint32)
-    pair = rows.to(tl.uint32)[:, None] * (K // 2) + column[None, :]
-    even, odd = kept_pairs(pair, multiplier, offset, threshold)
-    return tl.interleave(even, odd)
-
-
 @triton.jit(do_not_specialize=["T"])
 def _lora_down(  # type: ignore[no-untyped-def]
     x,
@@ -324,7 +315,7 @@ def _lora_down(  # type: ignore[no-untyped-def]
         inside = (columns < K)[None, :]
         value = tl.load(at + columns[None, :], mask=live & inside, other=0.0)
         if DROP:
-            kept = _kept(rows, first, multiplier, offset, threshold, K, BK)
+            kept = kept_tile(rows, first, multiplier, offset, threshold, K, BK)
             value = tl.where(kept, value, 0.0)
         weight = tl.load(
             a + rank[None, :] * K + columns[:, None],
@@ -407,7 +398,7 @@ def _lora_grad_input(  # type: ignore[no-untyped-def]
             key = keys + 2 * tl.load(table + i * 5 + 4)
             multiplier = tl.load(key).to(tl.uint32, bitcast=True)
             offset = tl.load(key + 1).to(tl.uint32, bitcast=True)
-            kept = _kept(rows, first, multiplier, offset, threshold, K, BK)
+            kept = kept_tile(rows, first, multiplier, offset, threshold, K, BK)
             part = tl.where(kept, part, 0.0)
         total += part
     mask = live & inside
@@ -474,7 +465,7 @@ def _lora_grads(  # type: ignore[no-untyped-def]
                 )
                 value = tl.load(x + at * stride_x + columns[None, :], mask=live & inside, other=0.0)
                 if DROP:
-                    kept = _kept(rows, first, multiplier, offset, threshold, K, BM)
+                    kept = kept_tile(rows, first, multiplier, offset, threshold, K, BM)
                     value = tl.where(kept, value, 0.0)
                 acc = tl.dot(tl.trans(g), value, acc, input_precision="ieee" if EXACT else "tf32")
         else:

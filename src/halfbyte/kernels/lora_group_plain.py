@@ -1,42 +1,73 @@
 """The functions of :mod:`halfbyte.kernels.lora_group` on PyTorch's own products.
 
-The reference, and the way on GPUs whose matrix units Triton does not know (a T4).
+The reference, and, with a kernel for the masks, the way on GPUs whose matrix units Triton does not
+know (a T4): ``apply`` is :func:`~halfbyte.kernels.dropout.apply_dropout` there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from halfbyte.kernels.dropout import keep_mask
-from halfbyte.kernels.lora_group import Fold, LoraGroup, LoraPart
+from halfbyte.kernels.dropout import apply_dropout_reference
+from halfbyte.kernels.lora_group import Fold, LoraGroup
+
+Apply = Callable[..., None]
 
 
-def lora_down(x: Tensor, group: LoraGroup, keys: Tensor | None) -> None:
+def lora_down(
+    x: Tensor, group: LoraGroup, keys: Tensor | None, *, apply: Apply = apply_dropout_reference
+) -> None:
     """As :func:`halfbyte.kernels.lora_group.lora_down`."""
     k, r = group.columns, group.r
+    kept = torch.empty_like(x[:, :k])
     for i, part in enumerate(group.parts):
         a = group.views(group.shadow, part)[0]
-        x[:, k + i * r : k + (i + 1) * r] = _dropped(x[:, :k], group, part, keys) @ a.t()
+        value = x[:, :k]
+        if keys is not None and group.p > 0.0:
+            apply(value, keys[part.module], group.p, kept)
+            value = kept
+        x[:, k + i * r : k + (i + 1) * r] = value @ a.t()
     x[:, k + len(group.parts) * r :] = 0.0
 
 
-def lora_grad_input(d_x: Tensor, group: LoraGroup, keys: Tensor | None) -> None:
+def lora_grad_input(
+    d_x: Tensor, group: LoraGroup, keys: Tensor | None, *, apply: Apply = apply_dropout_reference
+) -> None:
     """As :func:`halfbyte.kernels.lora_group.lora_grad_input`."""
     k, r = group.columns, group.r
     for i, part in enumerate(group.parts):
         g, a = d_x[:, k + i * r : k + (i + 1) * r], group.views(group.shadow, part)[0]
-        d_x[:, :k] += _dropped(g @ a, group, part, keys)
+        if keys is not None and group.p > 0.0:
+            apply(g @ a, keys[part.module], group.p, d_x[:, :k], accumulate=True)
+        else:
+            d_x[:, :k] += g @ a
 
 
-def lora_grads(x: Tensor, d_x: Tensor, d_y: Tensor, group: LoraGroup, keys: Tensor | None) -> None:
+def lora_grads(
+    x: Tensor,
+    d_x: Tensor,
+    d_y: Tensor,
+    group: LoraGroup,
+    keys: Tensor | None,
+    *,
+    apply: Apply = apply_dropout_reference,
+) -> None:
     """As :func:`halfbyte.kernels.lora_group.lora_grads`."""
     k, r = group.columns, group.r
+    kept = torch.empty_like(x[:, :k])
     for i, part in enumerate(group.parts):
         columns = slice(k + i * r, k + (i + 1) * r)
         grad_a, grad_b = group.views(group.grad, part)
-        grad_a += d_x[:, columns].t() @ _dropped(x[:, :k], group, part, keys)
+        value = x[:, :k]
+        if keys is not None and group.p > 0.0:
+            apply(value, keys[part.module], group.p, kept)
+            value = kept
+        grad_a += d_x[:, columns].t() @ value
         rows = slice(part.first_row, part.first_row + part.rows)
-        grad_b += (d_y[:, rows].t() @ x[:, columns]).float() * group.scale
+        grad_b.add_(d_y[:, rows].t() @ x[:, columns], alpha=group.scale)
 
 
 def fold_b(fold: Fold) -> None:
@@ -46,10 +77,3 @@ def fold_b(fold: Fold) -> None:
             first = group.columns + i * group.r
             rows = slice(part.first_row, part.first_row + part.rows)
             weight[rows, first : first + group.r] = group.views(group.values, part)[1] * group.scale
-
-
-def _dropped(x: Tensor, group: LoraGroup, part: LoraPart, keys: Tensor | None) -> Tensor:
-    if keys is None or group.p == 0.0:
-        return x
-    mask = keep_mask(tuple(x.shape), group.p, keys[part.module], x.device, x.dtype)
-    return x * mask.mul_(group.keep_scale)
