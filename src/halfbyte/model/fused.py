@@ -10,19 +10,14 @@ from torch import Tensor
 from halfbyte.data.batch import Batch
 from halfbyte.kernels.choice import Kernels
 from halfbyte.kernels.lora_group import make_fold
+from halfbyte.model.fusable import ACTIVATIONS, why_not_fused
 from halfbyte.model.fused_layer import FusedLayer, LayerShape, Rows
 from halfbyte.model.head import Head
 from halfbyte.quant.joined import FlatAdapter, JoinedLinear, Scratch
 from halfbyte.quant.linear import QLoRALinear
 
-# transformers' decoder layers that are: norm, attention with rotary positions, sum, norm, gated
-# MLP, sum, and nothing else.
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Of 16-bit logits in memory at once.
 LOGIT_BYTES = 128 * 1024**2
-# Kinds of rotary embedding whose angles do not depend on the length of what is read.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class NotFusedError(Exception):
@@ -39,9 +34,11 @@ class FusedNetwork:
     def __init__(self, network: Any, head: Head, compute_dtype: torch.dtype, kernels: Kernels):
         """Raises NotFusedError for a network of another kind."""
         self.kernels, self.compute_dtype = kernels, compute_dtype
+        reason = why_not_fused(network)
+        if reason is not None:
+            raise NotFusedError(reason)
         base = network.base_model
         self.config = network.config.get_text_config()
-        _require_plain(base, self.config)
         self.embedding: Tensor = network.get_input_embeddings().weight
         self.device = self.embedding.device
         self.norm: Tensor = base.norm.weight
@@ -58,12 +55,16 @@ class FusedNetwork:
     def joined(self) -> list[JoinedLinear]:
         return [joined for layer in self.layers for joined in layer.joined]
 
-    def keep_copies(self) -> int:
-        """Keep every weight dequantized, with its adapters folded in; returns the bytes."""
-        return sum(joined.keep() for joined in self.joined)
+    def keep_copies(self, count: int | None = None) -> int:
+        """Keep the weights of the first ``count`` layers (all by default) dequantized.
+
+        Their adapters are folded in. Returns the bytes. Which layers they are makes no difference:
+        a layer without a copy is dequantized once in each pass.
+        """
+        return sum(joined.keep() for layer in self.layers[:count] for joined in layer.joined)
 
     def use_scratch(self) -> int:
-        """Dequantize each layer's weights into the same memory when they are wanted.
+        """Dequantize the weights of which no copy is kept into the same memory when wanted.
 
         Returns its bytes: those of one layer, since a layer's backward pass wants all four.
         """
@@ -71,6 +72,8 @@ class FusedNetwork:
         found: dict[tuple[int, int, int], Scratch] = {}
         for layer in self.layers:
             for kind, joined in enumerate(layer.joined):
+                if joined.kept is not None:
+                    continue
                 key = (kind, joined.rows, joined.width)
                 if key not in found:
                     scratch = Scratch(joined.rows, joined.width, joined.dtype, joined.device)
@@ -81,8 +84,34 @@ class FusedNetwork:
 
     def use_recomputation(self, on: bool) -> None:
         """Make each layer again in the backward pass from its input alone, or keep all of it."""
+        self.recompute_layers(len(self.layers) if on else 0)
+
+    def recompute_layers(self, count: int) -> None:
+        """Make the first ``count`` layers again, and keep what the others need.
+
+        The backward pass begins with the last layers: by the time that it makes one again, all
+        that the others kept has been given back.
+        """
+        for number, layer in enumerate(self.layers):
+            layer.recompute = number < count
+
+    @torch.no_grad()
+    def kept_bytes(self, batch: Batch) -> int:
+        """Bytes that the layers keep of a forward pass over ``batch`` for the backward pass.
+
+        What a layer keeps is counted and let go, so that it need not fit with all the others'.
+        """
+        batch = batch.to(self.device)
+        rows = self._rows(batch, None)
+        stream, y = self._embed(batch), None
+        total = 0
         for layer in self.layers:
-            layer.recompute = on
+            stream, y, saved = layer.forward(stream, y, rows, save=True)
+            assert saved is not None
+            tensors = [value for value in vars(saved).values() if value is not None]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+            total += sum(storage.nbytes() for storage in storages.values())
+        return total
 
     def attach(self, adapter: FlatAdapter) -> None:
         """Train the adapters where the optimizer has them."""
@@ -220,17 +249,6 @@ def _labelled(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | No
     if len(batch.label_ids) >= len(hidden):
         return hidden, batch.labels, None
     return hidden.index_select(0, batch.label_index), batch.label_ids, batch.label_index
-
-
-def _require_plain(base: Any, config: Any) -> None:
-    for layer in base.layers:
-        if type(layer).__name__ not in LAYERS:
-            raise NotFusedError(f"its layers are {type(layer).__name__}")
-    if config.hidden_act not in ACTIVATIONS:
-        raise NotFusedError(f"its activation is {config.hidden_act}")
-    rope = getattr(base.rotary_emb, "rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise NotFusedError(f"its rotary embedding ({rope}) depends on the length")
 
 
 def _fused_layer(layer: Any, config: Any, kernels: Kernels) -> FusedLayer:

@@ -27,6 +27,12 @@ from halfbyte.quant.nf4 import NF4Weight
 _TILE, _ALIGNED = 128, 8
 
 
+def extra_columns(columns: int, adapted: int, r: int) -> int:
+    """Columns that ``adapted`` adapters of rank ``r`` add to a joined weight of so many."""
+    multiple = _TILE if columns % _TILE == 0 else _ALIGNED
+    return -(-adapted * r // multiple) * multiple
+
+
 class Scratch:
     """Memory for one W' at a time, shared by the layers of a model that have the same shape."""
 
@@ -67,8 +73,7 @@ class JoinedLinear:
         self.bias = _joined_bias(layers)
         adapted = [layer for layer in layers if layer.lora_A is not None]
         rank = 0 if not adapted else len(adapted[0].lora_A)  # type: ignore[arg-type]
-        multiple = _TILE if self.columns % _TILE == 0 else _ALIGNED
-        self.extra = -(-len(adapted) * rank // multiple) * multiple
+        self.extra = extra_columns(self.columns, len(adapted), rank)
         self._pieces = _join(layers)
         self.group: LoraGroup | None = None
         self.kept: Tensor | None = None
