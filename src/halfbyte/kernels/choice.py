@@ -43,6 +43,7 @@ class Kernels:
     dequantize: Kernel
     dropout_keys: Kernel
     head_loss: Kernel
+    adamw: bool  # whether the optimizer uses its kernels, halfbyte.kernels.adamw
 
 
 PLAIN = Kernels(
@@ -61,6 +62,7 @@ PLAIN = Kernels(
     dequantize=nf4_dequantize.nf4_dequantize_reference,
     dropout_keys=dropout.dropout_keys_reference,
     head_loss=cross_entropy.head_loss_reference,
+    adamw=False,
 )
 
 # What needs no matrix instructions, and so runs wherever Triton does.
@@ -81,6 +83,7 @@ ELEMENTWISE = replace(
     dequantize=nf4_dequantize.nf4_dequantize,
     dropout_keys=dropout.dropout_keys,
     head_loss=cross_entropy.head_loss,
+    adamw=True,
 )
 
 ALL = replace(

@@ -91,7 +91,8 @@ def _gradient(  # type: ignore[no-untyped-def]
     return (share * factor).to(x.dtype)
 
 
-@triton.jit
+# One label and one loss of each are read and written: where they begin makes no other kernel.
+@triton.jit(do_not_specialize_on_alignment=["labels", "loss"])
 def _cross_entropy_rows(  # type: ignore[no-untyped-def]
     logits,
     stride,

@@ -175,7 +175,7 @@ def kept_tile(rows, first, multiplier, offset, threshold, K: tl.constexpr, BK: t
     return tl.interleave(even, odd)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["key"])
 def _apply_dropout(  # type: ignore[no-untyped-def]
     x,
     out,
@@ -206,7 +206,7 @@ def _apply_dropout(  # type: ignore[no-untyped-def]
     tl.store(to, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["position"])
 def _dropout_keys(position, keys, seed, modules, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     module = tl.arange(0, BLOCK)
     h = tl.full((BLOCK,), 0x9E3779B9, tl.uint32)

@@ -15,7 +15,7 @@ from halfbyte.engine.result import StepResult
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.engine.step import TrainStep
 from halfbyte.events.types import Choice, Fallback, ModelLoaded
-from halfbyte.kernels.choice import PLAIN, choose_kernels
+from halfbyte.kernels.choice import choose_kernels
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
@@ -215,7 +215,7 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
 
 
 def _has_kernels(model: QLoRAModel) -> bool:
-    return model.fused is not None and model.fused.kernels is not PLAIN
+    return model.fused is not None and model.fused.kernels.adamw
 
 
 def _flat_adapter(model: QLoRAModel, parameters: FlatParameters, shadow: Tensor) -> FlatAdapter:
