@@ -22,6 +22,8 @@ from torch import Tensor
 from halfbyte.kernels.dropout import keep_mask
 
 Key = tuple[int, int] | Tensor
+# (x, key, p, out, *, accumulate): see halfbyte.kernels.dropout.apply_dropout.
+ApplyDropout = Callable[..., None]
 
 
 class LoraLinear(torch.autograd.Function):
@@ -38,39 +40,57 @@ class LoraLinear(torch.autograd.Function):
         scale: float,
         p: float,
         key: Key | None,
+        apply: ApplyDropout | None,
         dtype: torch.dtype,
     ) -> Tensor:
         xc = x.to(dtype)
         y = torch.nn.functional.linear(xc, weight(), bias)
-        # What is kept is scaled by 1 / (1 - p); that is one number with s.
-        scale = scale / (1.0 - p) if key is not None else scale
-        dropped = xc if key is None else xc * keep_mask(tuple(xc.shape), p, key, xc.device, dtype)
-        u = dropped @ lora_A.to(dtype).t()
+        if key is not None and apply is None:
+            # What is kept is scaled by 1 / (1 - p); that is one number with s.
+            scale = scale / (1.0 - p)
+        u = _drop(xc, p, key, apply) @ lora_A.to(dtype).t()
         y.addmm_(u, lora_B.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(x, u, lora_A, lora_B)
-        ctx.weight, ctx.scale, ctx.p, ctx.key, ctx.dtype = weight, scale, p, key, dtype
+        ctx.weight, ctx.scale, ctx.dtype = weight, scale, dtype
+        ctx.p, ctx.key, ctx.drop = p, key, apply
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, u, lora_A, lora_B = ctx.saved_tensors
-        dtype, key = ctx.dtype, ctx.key
+        dtype, key, apply = ctx.dtype, ctx.key, ctx.drop
         dy = grads[0].to(dtype)
         a, b = lora_A.to(dtype), lora_B.to(dtype)
         g = (dy @ b) * ctx.scale
         xc = x.to(dtype)
-        mask = None if key is None else keep_mask(tuple(xc.shape), ctx.p, key, xc.device, dtype)
-        d_a = (g.t() @ (xc if mask is None else xc * mask)).to(lora_A.dtype)
+        mask = None
+        if key is not None and apply is None:
+            mask = keep_mask(tuple(xc.shape), ctx.p, key, xc.device, dtype)
+        dropped = _drop(xc, ctx.p, key, apply) if mask is None else xc * mask
+        d_a = (g.t() @ dropped).to(lora_A.dtype)
         d_b = ((dy.t() @ u) * ctx.scale).to(lora_B.dtype)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = dy @ ctx.weight()
-            if mask is None:
-                d_x.addmm_(g, a)
-            else:
+            if mask is not None:
                 d_x.addcmul_(g @ a, mask)
+            elif apply is not None and key is not None:
+                apply(g @ a, key, ctx.p, d_x, accumulate=True)
+            else:
+                d_x.addmm_(g, a)
             d_x = d_x.to(x.dtype)
-        return d_x, d_a, d_b, None, None, None, None, None, None
+        return d_x, d_a, d_b, *(None,) * 7
+
+
+def _drop(x: Tensor, p: float, key: Key | None, apply: ApplyDropout | None) -> Tensor:
+    """``x`` dropped, and scaled only by ``apply``."""
+    if key is None:
+        return x
+    if apply is None:
+        return x * keep_mask(tuple(x.shape), p, key, x.device, x.dtype)
+    dropped = torch.empty_like(x)
+    apply(x, key, p, dropped)
+    return dropped
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -99,13 +119,15 @@ def lora_linear(
     dropout_p: float,
     key: Key | None,
     dtype: torch.dtype,
+    apply: ApplyDropout | None = None,
 ) -> Tensor:
     """The layer's output [T, out] in ``dtype`` for ``x`` [T, in] of any floating type.
 
     ``weight()`` gives W [out, in] in ``dtype``; ``lora_A`` [r, in] and ``lora_B`` [out, r] are the
     adapter in fp32 (cast to ``dtype`` for the products, gradients cast back), or None for the base
-    alone; ``key`` names the dropout mask, None drops nothing.
+    alone; ``key`` names the dropout mask, None drops nothing. With ``apply``, a kernel that takes
+    keys which lie on the device and an even number of columns, no mask stands in memory.
     """
     if lora_A is None or lora_B is None:
         return FrozenLinear.apply(x, weight, bias, dtype)  # type: ignore[no-untyped-call]
-    return LoraLinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout_p, key, dtype)  # type: ignore[no-untyped-call]
+    return LoraLinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout_p, key, apply, dtype)  # type: ignore[no-untyped-call]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.model.varlen import DeviceRows, NoKernelError, attention_on_device
+
 NAME = "halfbyte_varlen"
 
 
@@ -26,19 +28,21 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    row_borders: list[int] | None = None,
+    row_borders: list[int] | DeviceRows | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal self-attention within each row.
 
     ``query`` [1, heads, T, D]; ``key``, ``value`` [1, kv_heads, T, D]; ``row_borders`` the
-    cumulative lengths [0, …, T] of the rows on the host (those of length 0 are passed over).
-    Query and key come in fp32 where the rotary embedding was computed in it, and are brought to
-    the value's type, which is the type of the products. Returns [1, T, heads, D].
+    cumulative lengths [0, …, T] of the rows on the host (those of length 0 are passed over), or
+    rows that the device alone knows, for the kernels of :mod:`halfbyte.model.varlen`. Query and key
+    come in fp32 where the rotary embedding was computed in it, and are brought to the value's type,
+    which is the type of the products. Returns [1, T, heads, D].
 
     Raises ValueError without ``row_borders``, with a mask, or with attention sinks (``s_aux``):
-    there is nothing right to do.
+    there is nothing right to do. Raises NoKernelError where rows lie on the device and no kernel
+    does what is asked.
     """
     if row_borders is None:
         raise ValueError(f"{NAME} needs row_borders: without them rows would see each other")
@@ -46,6 +50,10 @@ def varlen_attention(
         raise ValueError(f"{NAME} takes no attention mask: the borders say it all")
     if s_aux is not None:
         raise ValueError(f"{NAME} knows no attention sinks")
+    if isinstance(row_borders, DeviceRows):
+        if softcap is not None:
+            raise NoKernelError("its attention caps the scores")
+        return attention_on_device(query, key, value, row_borders, scaling, sliding_window), None
     query, key = query.to(value.dtype), key.to(value.dtype)
     rows = [
         _row_attention(

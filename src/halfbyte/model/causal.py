@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from halfbyte.data.batch import Batch, TokenizedRow
 from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
-from halfbyte.kernels.loss import cross_entropy_sum
+from halfbyte.kernels.choice import Kernels
+from halfbyte.kernels.loss import cross_entropy_at, cross_entropy_sum
 from halfbyte.model.attention import set_attention, use_varlen_attention
 from halfbyte.model.fused import FusedNetwork
 from halfbyte.model.head import find_head
+from halfbyte.model.host_reads import HostReads
+from halfbyte.model.varlen import DeviceRows, NoKernelError
 from halfbyte.quant.linear import DropoutPosition, QLoRALinear
 
 
@@ -37,6 +40,7 @@ class QLoRAModel:
         self.device: torch.device = network.get_input_embeddings().weight.device
         self.head = find_head(network)
         self.fused: FusedNetwork | None = None
+        self.kernels: Kernels | None = None
         self._adapter_on = True
         theirs = _own_logits(self)
         use_varlen_attention(network)
@@ -83,10 +87,51 @@ class QLoRAModel:
         if self.fused is not None:
             self.fused.adapter_changed()
 
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Attend and take the loss by ``kernels``, which leave the values of a batch on the device.
+
+        Raises NoKernelError, and leaves all as it was, where no kernel does what the network's
+        attention does.
+        """
+        batch, training = _two_rows(), self.network.training
+        self.network.eval()
+        self.kernels = None
+        try:
+            with torch.no_grad():
+                plain = self.logits(batch)
+                self.kernels = kernels
+                found = self.logits(batch)
+            if not _near(found, plain, self.compute_dtype):
+                raise NoKernelError("the kernel does not compute its attention")
+        except Exception as error:  # also whatever a compiler says of a GPU that it does not know
+            self.kernels = None
+            raise NoKernelError(str(error).split("\n")[0]) from error
+        finally:
+            self.network.train(training)
+
+    def host_reads(self) -> str | None:
+        """What in a pass over a batch waits for the device, in words; None: nothing."""
+        if self.fused is not None:
+            return None
+        if self.kernels is None:
+            return "its attention goes through the rows one by one"
+        batch = _two_rows().to(self.device)
+        with torch.no_grad(), HostReads() as reads:
+            self.hidden(batch)
+        if not reads.found:
+            return None
+        names = ", ".join(sorted(set(reads.found)))
+        return f"{type(self.network).__name__} makes the host wait for the device ({names})"
+
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [T, hidden]; the batch lies on the model's device or the CPU."""
-        borders = batch.cu_seqlens.tolist()
-        batch = batch.to(self.device)
+        borders: list[int] | DeviceRows
+        if self.kernels is None:
+            borders = batch.cu_seqlens.tolist()
+            batch = batch.to(self.device)
+        else:
+            batch = batch.to(self.device)
+            borders = DeviceRows(batch.cu_seqlens, batch.max_seqlen, self.kernels)
         out = self.network.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -102,9 +147,23 @@ class QLoRAModel:
         """
         if self.fused is not None and self._adapter_on and not torch.is_grad_enabled():
             return self.fused.loss_sum(batch.to(self.device))
+        hidden = self.hidden(batch)
+        weight = self.head.weight.to(self.compute_dtype)
+        if self.kernels is not None:
+            batch = batch.to(self.device)
+            return cross_entropy_at(
+                hidden,
+                weight,
+                batch.labels,
+                batch.label_index,
+                batch.label_ids,
+                self.kernels.head_loss,
+                scale=self.head.scale,
+                softcap=self.head.softcap,
+            )
         return cross_entropy_sum(
-            self.hidden(batch),
-            self.head.weight.to(self.compute_dtype),
+            hidden,
+            weight,
             batch.labels.to(self.device),
             batch.num_labels,
             scale=self.head.scale,
@@ -192,17 +251,25 @@ def _check_logits(model: QLoRAModel, theirs: Tensor) -> None:
     They do not where the network has an attention of its own, which sees across the border, or
     does something to scores, hidden states or logits that we do not know of.
     """
-    batch = make_batch(
+    ours = model.logits(_two_rows())
+    model.network.train()
+    if not _near(ours, theirs, model.compute_dtype):
+        raise ModelError(
+            f"{type(model.network).__name__} attends or ends in a way that halfbyte does not know, "
+            "so that it would be trained wrongly; choose another model."
+        )
+
+
+def _two_rows() -> Batch:
+    return make_batch(
         [
             TokenizedRow(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool), row)
             for row, ids in enumerate(_ROWS)
         ]
     )
-    ours = model.logits(batch)
-    model.network.train()
+
+
+def _near(ours: Tensor, theirs: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether logits are the same but for rounding."""
     apart = (ours - theirs).abs().max().item()
-    if not apart <= _ROUNDING[model.compute_dtype] * theirs.abs().max().item():
-        raise ModelError(
-            f"{type(model.network).__name__} attends or ends in a way that halfbyte does not know, "
-            "so that it would be trained wrongly; choose another model."
-        )
+    return apart <= _ROUNDING[compute_dtype] * theirs.abs().max().item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,8 @@ class DropoutPosition:
 
     One object is shared by all layers of a model. The engine sets ``step`` and ``micro_batch``, or,
     where the host must not be asked, ``keys`` int32 [modules, 2] on the device, which are made of
-    them there (:func:`halfbyte.kernels.dropout.dropout_keys`) and name the same masks.
+    them there (:func:`halfbyte.kernels.dropout.dropout_keys`) and name the same masks. ``apply`` is
+    then the kernel that drops by such a key, if there is one.
     """
 
     def __init__(self, seed: int) -> None:
@@ -27,6 +29,7 @@ class DropoutPosition:
         self.step = 0
         self.micro_batch = 0
         self.keys: Tensor | None = None
+        self.apply: Callable[..., None] | None = None
 
     def key(self, module: int) -> tuple[int, int] | Tensor:
         """The key of one module's mask."""
@@ -93,11 +96,13 @@ class QLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] of any floating type → [..., out] in ``compute_dtype``."""
         on = self.adapter_enabled and self.lora_A is not None
-        key = None
+        key = apply = None
         if on and self.training and self.dropout_p > 0.0:
             at = self.position
             assert at is not None, "attach_lora gives every layer its position"
             key = at.key(self.number)
+            if at.keys is not None and self.in_features % 2 == 0:
+                apply = at.apply
         y = lora_linear(
             x.reshape(-1, self.in_features),
             self.weight_dense,
@@ -108,6 +113,7 @@ class QLoRALinear(nn.Module):
             dropout_p=self.dropout_p,
             key=key,
             dtype=self.compute_dtype,
+            apply=apply,
         )
         return y.view(*x.shape[:-1], self.out_features)
 
