@@ -17,6 +17,9 @@ from halfbyte.model.causal import QLoRAModel
 # Tokens in one forward pass: enough that a weight is dequantized seldom, few enough that the
 # widest activation (an MLP of 14,336 in bf16) stays near 60 MB.
 TOKENS_AT_ONCE = 2048
+# The same where memory allows a copy of all weights, of which this is a small part: a GPU's
+# passes cost their launches, and the original weights are read from the disk once a pass.
+TOKENS_AT_ONCE_ROOMY = 8192
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,13 @@ class HeldOutLoss:
 
 @torch.no_grad()
 def held_out_loss(
-    model: QLoRAModel, rows: Sequence[TokenizedRow], *, tokens_at_once: int = TOKENS_AT_ONCE
+    model: QLoRAModel, rows: Sequence[TokenizedRow], *, tokens_at_once: int | None = None
 ) -> HeldOutLoss:
-    """The mean over all labelled tokens of ``rows``; dropout off, weights untouched."""
+    """The mean over all labelled tokens of ``rows``; dropout off, weights untouched.
+
+    ``tokens_at_once`` is by default what the model's memory allows, by how its weights are kept.
+    """
+    tokens_at_once = tokens_at_once or _tokens_at_once(model)
     training = model.network.training
     model.network.eval()
     total = torch.zeros((), dtype=torch.float64)
@@ -42,6 +49,13 @@ def held_out_loss(
         labels += batch.num_labels
     model.network.train(training)
     return HeldOutLoss(total.item() / max(1, labels), labels, len(rows))
+
+
+def _tokens_at_once(model: QLoRAModel) -> int:
+    roomy = model.device.type == "cuda" and all(
+        layer.dense is not None for layer in model.linears.values()
+    )
+    return TOKENS_AT_ONCE_ROOMY if roomy else TOKENS_AT_ONCE
 
 
 def batches_of(rows: Sequence[TokenizedRow], tokens_at_once: int) -> Iterator[Batch]:
@@ -67,8 +81,9 @@ def unquantized_loss(
     before it runs and loses it after, so that one of them is in memory at a time; passes are
     long, since each of them reads the whole model.
     """
+    tokens_at_once = 4 * _tokens_at_once(model)
     with model.adapter_on(False), _original_weights(model, read):
-        return held_out_loss(model, rows, tokens_at_once=4 * TOKENS_AT_ONCE)
+        return held_out_loss(model, rows, tokens_at_once=tokens_at_once)
 
 
 @contextmanager
