@@ -42,6 +42,7 @@ class Kernels:
     fold_b: Kernel
     dequantize: Kernel
     dropout_keys: Kernel
+    apply_dropout: Kernel | None  # None: masks are made, and multiplied with
     head_loss: Kernel
     adamw: bool  # whether the optimizer uses its kernels, halfbyte.kernels.adamw
 
@@ -61,6 +62,7 @@ PLAIN = Kernels(
     fold_b=lora_group_plain.fold_b,
     dequantize=nf4_dequantize.nf4_dequantize_reference,
     dropout_keys=dropout.dropout_keys_reference,
+    apply_dropout=None,
     head_loss=cross_entropy.head_loss_reference,
     adamw=False,
 )
@@ -82,6 +84,7 @@ ELEMENTWISE = replace(
     fold_b=lora_group.fold_b,
     dequantize=nf4_dequantize.nf4_dequantize,
     dropout_keys=dropout.dropout_keys,
+    apply_dropout=dropout.apply_dropout,
     head_loss=cross_entropy.head_loss,
     adamw=True,
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from halfbyte.data.batch import Batch, TokenizedRow
 from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
-from halfbyte.kernels.choice import Kernels
+from halfbyte.kernels.choice import PLAIN, Kernels
 from halfbyte.kernels.loss import cross_entropy_at, cross_entropy_sum
 from halfbyte.model.attention import set_attention, use_varlen_attention
 from halfbyte.model.fused import FusedNetwork
@@ -111,10 +111,11 @@ class QLoRAModel:
 
     def host_reads(self) -> str | None:
         """What in a pass over a batch waits for the device, in words; None: nothing."""
+        kernels = self.kernels if self.fused is None else self.fused.kernels
+        if kernels is None or kernels.attention is PLAIN.attention:
+            return "its attention goes through the rows one by one"
         if self.fused is not None:
             return None
-        if self.kernels is None:
-            return "its attention goes through the rows one by one"
         batch = _two_rows().to(self.device)
         with torch.no_grad(), HostReads() as reads:
             self.hidden(batch)

@@ -12,10 +12,10 @@ _READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class HostReads(TorchDispatchMode):
-    """Notes, while it lasts, which operations give a tensor's value to the host or take it from there.
+    """Notes, while it lasts, the operations that bring values to the host or take them from there.
 
     Those are what a CUDA graph cannot record: ``.item()`` and what asks for it, shapes that follow
-    from values, and copies between devices. ``found`` has the operations' names.
+    from values, and copies between devices. ``found`` has their names.
     """
 
     def __init__(self) -> None:

@@ -15,12 +15,13 @@ from halfbyte.engine.result import StepResult
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.engine.step import TrainStep
 from halfbyte.events.types import Choice, Fallback, ModelLoaded
-from halfbyte.kernels.choice import choose_kernels
+from halfbyte.kernels.choice import PLAIN, Kernel, Kernels, choose_kernels
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
 from halfbyte.model.lora import attach_lora
 from halfbyte.model.source import ModelSource
+from halfbyte.model.varlen import NoKernelError
 from halfbyte.optim.choose import make_optimizer
 from halfbyte.optim.flat import FlatParameters, flatten_parameters
 from halfbyte.optim.schedule import schedule_table
@@ -29,6 +30,8 @@ from halfbyte.quant.joined import FlatAdapter
 from halfbyte.recipe import Recipe
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
+
+_NO_GRAPH = "each step launched kernel by kernel, in place of a CUDA graph"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -141,31 +144,33 @@ def load_model(
 
 
 def _fuse(model: QLoRAModel, device: Device, record: RunRecord) -> None:
-    """Give ``model`` fused layers, or say why not."""
+    """Give ``model`` fused layers, or at least kernels for its own; say why where not."""
     kernels, words = choose_kernels(device.capability)
     try:
         model.fused = FusedNetwork(model.network, model.head, model.compute_dtype, kernels)
     except NotFusedError as error:
         record(Fallback("layers as transformers has them, in place of fused ones", str(error)))
-    else:
-        record(Choice("kernels", None, words, f"what {device.name} runs"))
+        try:
+            if kernels.attention is PLAIN.attention:
+                raise NoKernelError(words) from error
+            model.use_kernels(kernels)
+        except NoKernelError as missing:
+            record(Fallback("attention row by row, in place of a kernel for all", str(missing)))
+            return
+    record(Choice("kernels", None, words, f"what {device.name} runs"))
 
 
 def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
     """The optimizer, the schedule and the step of a run at its beginning."""
     recipe, training = assembly.recipe, assembly.recipe.training
     parameters = flatten_parameters(model.lora_parameters())
-    optimizer = make_optimizer(
-        training.optimizer, parameters, training, use_kernels=_has_kernels(model)
-    )
-    dropout_keys = None
+    kernels, _ = choose_kernels(assembly.device.capability)
     if model.fused is not None:
+        kernels = model.fused.kernels
         shadow = parameters.data.to(model.compute_dtype)
         model.fused.attach(_flat_adapter(model, parameters, shadow))
-        if model.position is not None:
-            count = len(model.lora)
-            model.position.keys = torch.zeros(count, 2, dtype=torch.int32, device=model.device)
-        dropout_keys = model.fused.kernels.dropout_keys
+    optimizer = make_optimizer(training.optimizer, parameters, training, use_kernels=kernels.adamw)
+    dropout_keys = _dropout_on_device(model, kernels)
     scaler = LossScaler(recipe.precision == "fp16", model.device)
     rates = schedule_table(
         assembly.resolved.steps,
@@ -188,9 +193,12 @@ def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
 
 def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
     """``trainer`` with its step captured as CUDA graphs, where it can be."""
-    if assembly.buckets is None or trainer.model.fused is None:
+    if assembly.buckets is None:
         return trainer
-    training = assembly.recipe.training
+    training, reads = assembly.recipe.training, trainer.model.host_reads()
+    if reads is not None:
+        record(Fallback(_NO_GRAPH, reads))
+        return trainer
     try:
         captured = CapturedStep(
             trainer.step,
@@ -200,7 +208,7 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
         )
     except (RuntimeError, torch.AcceleratorError) as error:
         reason = str(error).split("\n")[0]
-        record(Fallback("each step launched kernel by kernel, in place of a CUDA graph", reason))
+        record(Fallback(_NO_GRAPH, reason))
         return trainer
     tokens = ", ".join(f"{bucket.tokens:,}" for bucket in assembly.buckets)
     record(
@@ -214,8 +222,14 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
     return replace(trainer, take_step=captured)
 
 
-def _has_kernels(model: QLoRAModel) -> bool:
-    return model.fused is not None and model.fused.kernels.adamw
+def _dropout_on_device(model: QLoRAModel, kernels: Kernels) -> Kernel | None:
+    """What makes the keys of the dropout masks from now on; None: the host, on a CPU."""
+    position = model.position
+    if position is None or (model.fused is None and kernels.apply_dropout is None):
+        return None
+    position.keys = torch.zeros(len(model.lora), 2, dtype=torch.int32, device=model.device)
+    position.apply = kernels.apply_dropout
+    return kernels.dropout_keys
 
 
 def _flat_adapter(model: QLoRAModel, parameters: FlatParameters, shadow: Tensor) -> FlatAdapter:
