@@ -9,7 +9,8 @@ what is left. W' is kept, or made in scratch memory for as long as it is needed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,8 @@ class JoinedLinear:
         rank = 0 if not adapted else len(adapted[0].lora_A)  # type: ignore[arg-type]
         self.extra = extra_columns(self.columns, len(adapted), rank)
         self._pieces = _join(layers)
+        # "cublas" or "cublaslt" by number of tokens and direction (backward), where it was chosen.
+        self.libraries: dict[tuple[int, bool], str] = {}
         self.group: LoraGroup | None = None
         self.kept: Tensor | None = None
         self.scratch: Scratch | None = None
@@ -140,14 +143,25 @@ class JoinedLinear:
             scratch.owner = self
         return scratch.weight
 
+    @property
+    def weight_memory(self) -> Tensor:
+        """Where :meth:`weight` lies, whatever is in it now."""
+        if self.kept is not None:
+            return self.kept
+        assert self.scratch is not None
+        return self.scratch.weight
+
     def product(self, x: Tensor) -> Tensor:
         """x' [T, columns + extra] → y [T, rows]."""
         weight = self.weight().t()
-        return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
+        with use_library(self.libraries.get((len(x), False))):
+            return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
 
     def gradient(self, d_y: Tensor) -> Tensor:
         """dy [T, rows] → [dx₀ | g_1 … g_n], [T, columns + extra]."""
-        return torch.mm(d_y, self.weight())
+        weight = self.weight()
+        with use_library(self.libraries.get((len(d_y), True))):
+            return torch.mm(d_y, weight)
 
     def _dequantize(self, out: Tensor) -> None:
         for piece in self._pieces:
@@ -163,6 +177,20 @@ class JoinedLinear:
                 self.columns,
                 rows,
             )
+
+
+@contextmanager
+def use_library(name: str | None) -> Iterator[None]:
+    """Have a GPU's products made by the library of that name; None leaves it as it is."""
+    if name is None:
+        yield
+        return
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(name)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.data.batch import Batch
+from halfbyte.data.batch import Batch, Bucket
 from halfbyte.engine.capture import CapturedStep
+from halfbyte.engine.products import choose_libraries, read_choices, write_choices
 from halfbyte.engine.result import StepResult
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.engine.step import TrainStep
 from halfbyte.events.types import Choice, Fallback, ModelLoaded
+from halfbyte.kernels.cache import VARIABLE as CACHE_VARIABLE
 from halfbyte.kernels.choice import PLAIN, Kernel, Kernels, choose_kernels
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.fused import FusedNetwork, NotFusedError
@@ -199,6 +203,7 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
     if reads is not None:
         record(Fallback(_NO_GRAPH, reads))
         return trainer
+    _choose_products(assembly.buckets, trainer.model)
     try:
         captured = CapturedStep(
             trainer.step,
@@ -220,6 +225,17 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
         )
     )
     return replace(trainer, take_step=captured)
+
+
+def _choose_products(buckets: Sequence[Bucket], model: QLoRAModel) -> None:
+    """Find the faster library for each product of the buckets' sizes, once on a machine."""
+    if model.fused is None:
+        return
+    folder = Path(os.environ.get(CACHE_VARIABLE, ""))
+    known = read_choices(folder)
+    chosen = choose_libraries(model.fused, [bucket.tokens for bucket in buckets], known)
+    if chosen != known:
+        write_choices(folder, chosen)
 
 
 def _dropout_on_device(model: QLoRAModel, kernels: Kernels) -> Kernel | None:
