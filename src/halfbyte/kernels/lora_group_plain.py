@@ -29,7 +29,7 @@ def lora_down(
         if keys is not None and group.p > 0.0:
             apply(value, keys[part.module], group.p, kept)
             value = kept
-        x[:, k + i * r : k + (i + 1) * r] = value @ a.t()
+        torch.mm(value, a.t(), out=x[:, k + i * r : k + (i + 1) * r])
     x[:, k + len(group.parts) * r :] = 0.0
 
 
