@@ -29,7 +29,7 @@ ROTARY = "rotary embedding"
 HEAD = "head and loss"
 WEIGHTS = "weights out of NF4"
 OPTIMIZER = "clipping and optimizer"
-INPUT = "batch, embedding, mask keys"
+INPUT = "embedding, mask keys, zeroing"
 PARTS = (
     FORWARD,
     BACKWARD,
@@ -129,23 +129,34 @@ class Work:
     kernels: int = 1
 
 
-def step_work(shape: Shape, rows: Sequence[int], *, labels: int, tight: bool) -> list[Work]:
+def step_work(
+    shape: Shape, rows: Sequence[int], *, labels: int, recomputed: int = 0, from_nf4: int = 0
+) -> list[Work]:
     """A step of one micro-batch with ``rows`` tokens in each row, ``labels`` of them learned.
 
-    ``tight``: weights are dequantized where they are wanted, and each layer is made again.
+    ``recomputed`` layers are made again in the backward pass; of ``from_nf4`` layers the weights
+    are dequantized where they are wanted, of the others a copy is kept.
     """
     tokens = sum(rows)
     work = [
-        *_products(shape, tokens, tight),
-        *_thin(shape, tokens, tight),
-        *_attention(shape, rows, tight),
-        *_passes(shape, tokens, tight),
+        *_products(shape, tokens, recomputed),
+        *_thin(shape, tokens, recomputed),
+        *_attention(shape, rows, recomputed),
+        *_passes(shape, tokens, recomputed),
         *_head(shape, tokens, labels),
-        *_update(shape, tight),
+        *_update(shape, from_nf4),
+        *_dequantize(shape, from_nf4),
     ]
-    if tight:
-        work += _dequantize(shape)
-    return work
+    return [one for one in work if one.times > 0]
+
+
+def both_ways(shape: Shape, rows: Sequence[int], labels: int) -> tuple[list[Work], list[Work]]:
+    """Nothing recomputed with all weights kept, and the other way round."""
+    every = shape.layers
+    return (
+        step_work(shape, rows, labels=labels),
+        step_work(shape, rows, labels=labels, recomputed=every, from_nf4=every),
+    )
 
 
 def floor_ms(work: Iterable[Work], card: Card) -> float:
@@ -174,7 +185,7 @@ def kernels(work: Iterable[Work]) -> int:
     return sum(one.times * one.kernels for one in work)
 
 
-def _products(shape: Shape, tokens: int, tight: bool) -> list[Work]:
+def _products(shape: Shape, tokens: int, recomputed: int) -> list[Work]:
     """Two products with each joined weight, a third where the layer is made again.
 
     B is folded into the weight as rank · adapters further columns; the products have it for the
@@ -187,12 +198,12 @@ def _products(shape: Shape, tokens: int, tight: bool) -> list[Work]:
         size = C * (tokens * (width + rows) + width * rows)
         found.append(Work(FORWARD, shape.layers, flops, size))
         found.append(Work(BACKWARD, shape.layers, flops, size))
-        if tight and at < len(shape.products) - 1:  # nothing needs the last one's output again
-            found.append(Work(BACKWARD, shape.layers, flops, size))
+        if at < len(shape.products) - 1:  # nothing needs the last one's output again
+            found.append(Work(BACKWARD, recomputed, flops, size))
     return found
 
 
-def _thin(shape: Shape, tokens: int, tight: bool) -> list[Work]:
+def _thin(shape: Shape, tokens: int, recomputed: int) -> list[Work]:
     """u = drop(x) Aᵀ; dx += mask ⊙ (g A); dA = gᵀ drop(x) and dB = dyᵀ u, by joined weight."""
     found = []
     for columns, rows, adapters in shape.products:
@@ -201,7 +212,7 @@ def _thin(shape: Shape, tokens: int, tight: bool) -> list[Work]:
         r = adapters * shape.rank
         down = 2 * tokens * columns * r
         x, u, a = tokens * columns, tokens * r, columns * r
-        times = shape.layers * (2 if tight else 1)
+        times = shape.layers + recomputed
         found.append(Work(THIN, times, down, C * (x + u + a), kernels=2))
         found.append(Work(THIN, shape.layers, down, C * (2 * x + u + a)))
         grads = down + 2 * tokens * rows * shape.rank  # each row of dy meets its own adapter's u
@@ -210,36 +221,34 @@ def _thin(shape: Shape, tokens: int, tight: bool) -> list[Work]:
     return found
 
 
-def _attention(shape: Shape, rows: Sequence[int], tight: bool) -> list[Work]:
+def _attention(shape: Shape, rows: Sequence[int], recomputed: int) -> list[Work]:
     """Scores that causality leaves; five products backward for the two forward."""
     tokens = sum(rows)
     scores = sum(n * (n + 1) // 2 for n in rows) * shape.heads
     product = 2 * scores * shape.head_dim
     qkv, out = tokens * shape.qkv, tokens * shape.attended
     log_sums = FLOAT * tokens * shape.heads
-    times = shape.layers * (2 if tight else 1)
     return [
-        Work(ATTENTION, times, 2 * product, C * (qkv + out) + log_sums),
+        Work(ATTENTION, shape.layers + recomputed, 2 * product, C * (qkv + out) + log_sums),
         Work(ATTENTION, shape.layers, 5 * product, C * 2 * (qkv + out) + log_sums, kernels=3),
     ]
 
 
-def _passes(shape: Shape, tokens: int, tight: bool) -> list[Work]:
+def _passes(shape: Shape, tokens: int, recomputed: int) -> list[Work]:
     """What is bound by memory alone."""
     h, i = tokens * shape.hidden, tokens * shape.intermediate
     turned = 2 * C * tokens * (shape.heads + shape.kv_heads) * shape.head_dim
     norms = 2 * shape.layers
-    again = norms if tight else 0  # of which the first of a layer reads its sum as it was kept
     backward = h * (C + STREAM + 2 * STREAM + C)
     return [
         Work(NORMS, 1, 0, h * (STREAM + C)),
-        Work(NORMS, norms + again // 2, 0, h * (2 * STREAM + 2 * C)),
-        Work(NORMS, again // 2, 0, h * (STREAM + C)),
+        Work(NORMS, norms + recomputed, 0, h * (2 * STREAM + 2 * C)),
+        Work(NORMS, recomputed, 0, h * (STREAM + C)),  # a layer's first: its sum was kept
         Work(NORMS, norms, 0, backward),
         Work(NORMS, 1, 0, h * (C + STREAM + STREAM + C)),
         Work(GATED, shape.layers, 0, C * 3 * i),
         Work(GATED, shape.layers, 0, C * 5 * i),
-        Work(ROTARY, shape.layers * (3 if tight else 2), 0, turned),
+        Work(ROTARY, 2 * shape.layers + recomputed, 0, turned),
         Work(INPUT, 1, 0, h * (C + STREAM), kernels=5),
     ]
 
@@ -257,30 +266,30 @@ def _head(shape: Shape, tokens: int, labels: int) -> list[Work]:
     ]
 
 
-def _dequantize(shape: Shape) -> list[Work]:
-    """Each weight for the forward and for the backward pass, but the last layer's only once.
+def _dequantize(shape: Shape, layers: int) -> list[Work]:
+    """Each weight for the forward and for the backward pass, but those of the last layer once.
 
     Half a byte and the 8-bit scale of a block of 64 come in.
     """
     return [
-        Work(WEIGHTS, 2 * shape.layers - 1, 0, n // 2 + n // 64 + C * n)
+        Work(WEIGHTS, 2 * layers - 1, 0, n // 2 + n // 64 + C * n)
         for n in (columns * rows for columns, rows, _ in shape.products)
     ]
 
 
-def _update(shape: Shape, tight: bool) -> list[Work]:
-    """Gradients zeroed and their norm; p, m, v and g; p rounded; s B written into the weights."""
+def _update(shape: Shape, from_nf4: int) -> list[Work]:
+    """Gradients zeroed, their norm; p, m, v and g; p rounded; s B written into the weights."""
     n = shape.trained
-    b = shape.layers * shape.rank * sum(rows for _, rows, adapters in shape.products if adapters)
-    fold = b * (FLOAT + C)
-    folded = sum(1 for _, _, adapters in shape.products if adapters)
-    fold_each = Work(WEIGHTS, (2 * shape.layers - 1) * folded, 0, fold // (shape.layers * folded))
+    adapted = [rows for _, rows, adapters in shape.products if adapters]
+    fold = shape.rank * (FLOAT + C)  # bytes of a row
+    kept = shape.layers - from_nf4  # all of these in one launch
     return [
-        Work(OPTIMIZER, 1, 0, n * FLOAT),
+        Work(INPUT, 1, 0, n * FLOAT),
         Work(OPTIMIZER, 1, 0, n * FLOAT, kernels=4),
         Work(OPTIMIZER, 1, 0, n * (3 * FLOAT + 4), kernels=2),
         Work(OPTIMIZER, 1, 0, n * (FLOAT + C)),
-        fold_each if tight else Work(WEIGHTS, 1, 0, fold),
+        Work(WEIGHTS, min(1, kept), 0, fold * kept * sum(adapted)),
+        *(Work(WEIGHTS, 2 * from_nf4 - 1, 0, fold * rows) for rows in adapted),
     ]
 
 
@@ -291,7 +300,7 @@ def parts_table(shape: Shape, rows: Sequence[int], labels: int) -> str:
         "| launches | floor, ms |",
         "| --- |" + " ---: |" * 8,
     ]
-    ways = [step_work(shape, rows, labels=labels, tight=tight) for tight in (False, True)]
+    ways = both_ways(shape, rows, labels)
     for part in [*PARTS, "all"]:
         cells = [part]
         for work in ways:
@@ -313,7 +322,7 @@ def cards_table(shape: Shape, rows: Sequence[int], labels: int) -> str:
         "recomputed, from NF4: floor, ms |",
         "| --- |" + " ---: |" * 5,
     ]
-    free, tight = (step_work(shape, rows, labels=labels, tight=tight) for tight in (False, True))
+    free, tight = both_ways(shape, rows, labels)
     for card in (*CARDS, MEASURED_H100):
         products = floor_ms(of_part(free, FORWARD, BACKWARD, HEAD), card)
         lines.append(

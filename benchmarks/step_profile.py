@@ -61,7 +61,8 @@ _NAMES = (
     ("_adamw", floors.OPTIMIZER),
     ("_dropout_keys", floors.INPUT),
 )
-_PRODUCTS = ("nvjet", "gemm", "gemv", "cublas", "splitk")
+_PRODUCTS = ("nvjet", "gemm", "gemv", "cublas")
+_OF_PRODUCTS = ("splitk", "memset")  # what a product launches before and after itself
 
 
 def parts_of(names: Sequence[str], layers: int) -> list[str]:
@@ -93,20 +94,22 @@ def _part(names: Sequence[str], at: int, place: str) -> str:
     for start, part in _NAMES:
         if name.startswith(start):
             return part
-    if _is_product(name):
+    by_place = {"input": floors.INPUT, "update": floors.OPTIMIZER}
+    if place in by_place:
+        return by_place[place]
+    if _has(name, _PRODUCTS + _OF_PRODUCTS):
         near = [
-            next((n for n in step if "splitk" not in n.lower()), "")
-            for step in (reversed(names[:at]), iter(names[at + 1 :]))
+            next((n for n in side if not _has(n, _OF_PRODUCTS)), "")
+            for side in (reversed(names[:at]), iter(names[at + 1 :]))
         ]
         if any(n.startswith("_cross_entropy_rows") for n in near):
             return floors.HEAD
-        return floors.FORWARD if place in ("input", "forward") else floors.BACKWARD
-    by_place = {"input": floors.INPUT, "update": floors.OPTIMIZER, "head": floors.HEAD}
-    return by_place.get(place, OTHER)
+        return floors.FORWARD if place == "forward" else floors.BACKWARD
+    return floors.HEAD if place == "head" else OTHER
 
 
-def _is_product(name: str) -> bool:
-    return any(word in name.lower() for word in _PRODUCTS)
+def _has(name: str, words: Sequence[str]) -> bool:
+    return any(word in name.lower() for word in words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,8 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     # The T4's limit of memory holds for the rest of the process.
     for variant in sorted(args.variant, key=list(VARIANTS).index):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found = measure(variant, args.model, args.data)
+        found = measure(variant, args.model, args.data)
         gc.collect()  # a captured step and its graphs refer to one another
         torch.cuda.empty_cache()
         print_variant(variant, found)
@@ -139,14 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(variant: str, model: Path, data: Path) -> dict[str, Any]:
-    """Times and kernels of the steps of one variant; the current stream is not the default one."""
+    """Times and kernels of the steps of one variant."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     from halfbyte import Recipe
     from halfbyte.run.assembly import assemble
     from halfbyte.run.record import RunRecord
-    from halfbyte.run.setup import capture, load_model, make_trainer
+    from halfbyte.run.training import _own_stream, _prepare, _same_bits
 
     if variant == "t4":
         os.environ["HALFBYTE_PROXY"] = "t4"
@@ -160,14 +162,6 @@ def measure(variant: str, model: Path, data: Path) -> dict[str, Any]:
         [f"model.name={model}", f"data.path={data}", *BASE, *VARIANTS[variant]],
     )
     assembly = assemble(recipe, record)
-    loaded, _ = load_model(
-        assembly.recipe,
-        assembly.source,
-        assembly.device,
-        keep_copy=assembly.resolved.keep_copy,
-        record=record,
-    )
-    trainer = make_trainer(assembly, loaded)
     steps = _equal_steps(assembly)
 
     def run(step: Any, count: int) -> list[float]:
@@ -177,29 +171,32 @@ def measure(variant: str, model: Path, data: Path) -> dict[str, Any]:
         torch.cuda.synchronize()
         return [seconds * 1e3 for one in done if (seconds := one.seconds()) is not None]
 
-    eager = run(trainer.step, EAGER)
-    captured = capture(assembly, trainer, record).take_step
-    if captured is trainer.step:
-        raise SystemExit(f"the step was not captured: {said}")
-    run(captured, WARMUP)
-    timed = run(captured, TIMED)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run(captured, PROFILED)
+    with _same_bits(assembly), _own_stream(assembly):
+        trainer = _prepare(assembly, record, None)
+        if trainer.take_step is trainer.step or trainer.model.fused is None:
+            raise SystemExit(f"the step was not fused and captured: {said}")
+        eager = run(trainer.step, EAGER)
+        run(trainer.take_step, WARMUP)
+        timed = run(trainer.take_step, TIMED)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run(trainer.take_step, PROFILED)
     kernels = sorted(
         (e.time_range.start, e.name, e.time_range.elapsed_us())
         for e in profiler.events()
         if e.device_type == torch.autograd.DeviceType.CUDA
     )
-    names = [name for _, name, _ in kernels]
+    layers = trainer.model.fused.layers
     parts: dict[str, tuple[int, float]] = {}
     of_other: dict[str, float] = {}
-    layers = assembly.source.config.num_hidden_layers
-    for part, (_, name, us) in zip(parts_of(names, layers), kernels, strict=True):
+    found = parts_of([name for _, name, _ in kernels], len(layers))
+    for part, (_, name, us) in zip(found, kernels, strict=True):
         count, total = parts.get(part, (0, 0.0))
         parts[part] = (count + 1, total + us)
         if part == OTHER:
             of_other[name[:90]] = of_other.get(name[:90], 0.0) + us
     return {
+        "recomputed": sum(layer.recompute for layer in layers),
+        "from_nf4": sum(any(j.kept is None for j in layer.joined) for layer in layers),
         "tokens": len(assembly.batches.step(next(steps))[0].input_ids),
         "eager_ms": median(eager[2:]),
         "ms": median(timed),
@@ -211,7 +208,7 @@ def measure(variant: str, model: Path, data: Path) -> dict[str, Any]:
 
 def _matters(event: Any) -> bool:
     if event.kind == "choice":
-        return event.key in ("kernels", "buckets", "keep_copy")
+        return event.key in ("kernels", "buckets", "copies", "keep_copy")
     return event.kind in ("fallback", "warning")
 
 
@@ -234,6 +231,8 @@ def result_rows(variant: str, found: dict[str, Any]) -> Iterator[dict[str, Any]]
         return {"case": case, "tool": "halfbyte", "metric": metric, "value": value, "unit": unit}
 
     yield row(variant, "tokens_padded", found["tokens"], "tokens")
+    yield row(variant, "layers_recomputed", found["recomputed"], "layers")
+    yield row(variant, "layers_from_nf4", found["from_nf4"], "layers")
     yield row(variant, "eager_ms_per_step", found["eager_ms"], "ms")
     yield row(variant, "ms_per_step", found["ms"], "ms")
     for part in ordered(found["parts"]):
@@ -252,7 +251,8 @@ def print_variant(variant: str, found: dict[str, Any]) -> None:
     busy = sum(ms for _, ms in found["parts"].values())
     print(
         f"{variant}: {found['ms']:.2f} ms a step of {found['tokens']} tokens, eager "
-        f"{found['eager_ms']:.1f} ms; profiled {busy:.2f} ms in {count:.0f} kernels"
+        f"{found['eager_ms']:.1f} ms; profiled {busy:.2f} ms in {count:.0f} kernels; "
+        f"{found['recomputed']} layers recomputed, {found['from_nf4']} out of NF4"
     )
     for part in ordered(found["parts"]):
         n, ms = found["parts"][part]

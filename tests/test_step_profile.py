@@ -56,7 +56,7 @@ def test_every_kernel_finds_its_part_in_each_of_two_steps() -> None:
 def test_the_counts_are_those_of_the_floors() -> None:
     """What a layer launches, as floors.py has it, is what the list above has."""
     shape = floors.Shape(layers=2)
-    work = floors.step_work(shape, [64], labels=64, tight=False)
+    work = floors.step_work(shape, [64], labels=64)
     found = Counter(step_profile.parts_of(STEP, layers=2))
     for part in (
         *(floors.FORWARD, floors.BACKWARD, floors.THIN, floors.ATTENTION),
