@@ -116,6 +116,7 @@ NAMES: dict[str, str] = {
     "use_gradient_checkpointing": "training.gradient_checkpointing",
     "activation_checkpointing": "training.gradient_checkpointing",
     "enable_activation_checkpointing": "training.gradient_checkpointing",
+    "full_determinism": "training.deterministic",
     "log_every_n_steps": "training.logging_steps",
     "log_interval": "training.logging_steps",
     # measuring and saving

@@ -198,6 +198,13 @@ class TrainingRecipe(Section):
         default="auto",
         description="Recompute each layer in the backward pass instead of keeping its activations.",
     )
+    deterministic: bool = Field(
+        default=True,
+        description="On a GPU use only kernels that give the same bits every time, so that the "
+        "same seed gives the same adapter in another process; false leaves PyTorch its own choice "
+        "where halfbyte has no kernel, as for attention that caps its scores. A CPU always gives "
+        "the same bits.",
+    )
     logging_steps: PositiveInt = Field(
         default=10, description="A logged loss is the mean of so many steps."
     )

@@ -18,6 +18,7 @@ from halfbyte.loop.steps import run_steps
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
 from halfbyte.run.assembly import Assembly, assemble, with_max_steps
+from halfbyte.run.determinism import deterministic
 from halfbyte.run.ending import end_run
 from halfbyte.run.folder import (
     Claimed,
@@ -95,7 +96,7 @@ def train(
             )
         )
         assembly = assemble(recipe, record, recipe_folder=recipe_folder, tell=resumed is None)
-        with _own_stream(assembly):
+        with _same_bits(assembly), _own_stream(assembly):
             trainer = _prepare(assembly, record, resumed)
             check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
             if resumed is None:
@@ -117,6 +118,11 @@ def train(
         record.close()
         if not record.opened and claimed is not None:
             claimed.release()
+
+
+def _same_bits(assembly: Assembly) -> AbstractContextManager[Any]:
+    on_gpu = assembly.device.kind == "cuda"
+    return deterministic(on_gpu and assembly.recipe.training.deterministic)
 
 
 def _own_stream(assembly: Assembly) -> AbstractContextManager[Any]:
