@@ -18,7 +18,16 @@ _BY_GROUP = ("lora_grads", "lora_down", "lora_grad_input")
 # In the order in which they are begun: what takes longest to compile comes first.
 _ORDER = (
     *("attention_backward", "attention", *_BY_GROUP, "adamw", "head_loss", "rms_norm_backward"),
-    *("rms_norm", "gated_backward", "dequantize", "rope", "gated", "dropout_keys", "fold_b"),
+    *(
+        "rms_norm",
+        "gated_backward",
+        "dequantize",
+        "rope",
+        "gated",
+        "dropout_keys",
+        "apply_dropout",
+        "fold_b",
+    ),
 )
 
 
@@ -107,10 +116,8 @@ def trial_tasks(spec: TrialSpec) -> list[str]:
     """What is tried, each by itself: a kernel, or ``kernel.group`` where it depends on a group."""
     found = []
     for name in kernels_tried(SETS[spec.kernels]):
-        if name in _BY_GROUP or name == "fold_b":
-            numbers = [str(i) for i, group in enumerate(spec.groups) if group.adapted]
-            if name == "fold_b":
-                numbers = numbers[:1]
+        if name in _BY_GROUP:
+            numbers = [number for number, group in enumerate(spec.groups) if group.adapted]
             found += [f"{name}.{number}" for number in numbers]
         else:
             found.append(name)
