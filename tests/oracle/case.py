@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -14,12 +14,16 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-Family = Literal["llama", "qwen3", "gemma3"]
+Family = Literal["llama", "qwen2", "mistral", "qwen3", "gemma3"]
 
 # hidden and intermediate size are multiples of 64: bitsandbytes' CPU code takes no other.
 _SHAPE = {
@@ -77,26 +81,36 @@ def make_rows() -> list[tuple[str, str]]:
     return rows
 
 
-def save_model(folder: Path, family: Family) -> None:
-    """Random fp32 weights and a byte-level tokenizer that adds a beginning-of-sequence token."""
+def save_model(folder: Path, family: Family, **changed: Any) -> None:
+    """Random fp32 weights and a byte-level tokenizer that adds a beginning-of-sequence token.
+
+    ``changed`` are settings of the configuration other than those of all cases.
+    """
     random_state = torch.random.get_rng_state()
     torch.manual_seed(11)
+    shape = _SHAPE | changed
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**_SHAPE))
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    elif family == "mistral":
+        # A window shorter than the rows, in every layer.
+        model = MistralForCausalLM(MistralConfig(**{"sliding_window": 16} | shape))
     elif family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE, tie_word_embeddings=True))
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
     else:
         # A window shorter than the rows, in the first layer of the two.
         model = Gemma3ForCausalLM(
             Gemma3TextConfig(
-                **_SHAPE,
+                **shape,
                 sliding_window=16,
                 layer_types=["sliding_attention", "full_attention"],
                 query_pre_attn_scalar=16,
             )
         )
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):  # not the ones that every norm starts with
+        # Not the ones that every norm starts with, nor the zeros of every bias.
+        if name.endswith(("norm.weight", ".bias")):
             parameter.data += 0.2 * torch.randn_like(parameter)
     torch.random.set_rng_state(random_state)
     model.save_pretrained(folder)

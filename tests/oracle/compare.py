@@ -17,8 +17,11 @@ MIN_FALL = 0.30
 ROUNDING = 1e-4
 
 
-def differences(reference: Trace, ours: Trace) -> list[str]:
-    """Every way in which ``ours`` is not the training that ``reference`` is; empty if it is."""
+def differences(reference: Trace, ours: Trace, *, rounding: float = ROUNDING) -> list[str]:
+    """Every way in which ``ours`` is not the training that ``reference`` is; empty if it is.
+
+    ``rounding`` is the share of a loss that may lie in how the products are rounded.
+    """
     found = []
     for name, expected in reference.gradients.items():
         g = ours.gradients.get(name)
@@ -34,7 +37,7 @@ def differences(reference: Trace, ours: Trace) -> list[str]:
             found.append(f"gradient of {name}: norm ratio {ratio:.4f}")
     start = reference.losses[0]
     for step, (theirs, mine) in enumerate(zip(reference.losses, ours.losses, strict=True), 1):
-        allowed = MAX_SHARE_OF_FALL * max(0.0, start - theirs) + ROUNDING * theirs
+        allowed = MAX_SHARE_OF_FALL * max(0.0, start - theirs) + rounding * theirs
         if not abs(mine - theirs) <= allowed:
             found.append(f"loss of step {step}: {mine:.6f} for {theirs:.6f} ± {allowed:.6f}")
     return found

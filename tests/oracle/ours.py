@@ -23,14 +23,26 @@ from halfbyte.recipe.schema import ModelRecipe, QuantizationRecipe, TrainingReci
 from oracle.case import Case, Trace, make_rows
 
 
-def load(folder: Path, case: Case, *, dropout: float = 0.0, seed: int = 0) -> QLoRAModel:
-    """The quantized model with a fresh adapter on every linear layer."""
+def load(
+    folder: Path,
+    case: Case,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    targets: str | list[str] = "all-linear",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> QLoRAModel:
+    """The quantized model with a fresh adapter, by default on every linear layer and in fp32.
+
+    In another ``dtype`` the products alone are.
+    """
     source = open_model(ModelRecipe(name=str(folder)))
     loaded = load_base(
         source,
         quantization=QuantizationRecipe(double_quant=case.double_quant),
-        device="cpu",
-        compute_dtype=torch.float32,
+        device=device,
+        compute_dtype=dtype,
         rest_dtype=torch.float32,
     )
     lora = attach_lora(
@@ -38,10 +50,10 @@ def load(folder: Path, case: Case, *, dropout: float = 0.0, seed: int = 0) -> QL
         r=case.r,
         lora_alpha=case.lora_alpha,
         lora_dropout=dropout,
-        target_modules="all-linear",
+        target_modules=targets,
         seed=seed,
     )
-    return QLoRAModel(loaded.model, lora, torch.float32)
+    return QLoRAModel(loaded.model, lora, dtype)
 
 
 def tokenized(folder: Path, loss_on: str) -> list[TokenizedRow]:
