@@ -60,16 +60,21 @@ def _tokens_at_once(model: QLoRAModel) -> int:
 
 def batches_of(rows: Sequence[TokenizedRow], tokens_at_once: int) -> Iterator[Batch]:
     """Rows in order, as many together as fit (at least one)."""
+    return map(make_batch, groups_of(rows, tokens_at_once))
+
+
+def groups_of(rows: Sequence[TokenizedRow], tokens_at_once: int) -> Iterator[list[TokenizedRow]]:
+    """The rows of each of :func:`batches_of`."""
     group: list[TokenizedRow] = []
     size = 0
     for row in rows:
         if group and size + len(row) > tokens_at_once:
-            yield make_batch(group)
+            yield group
             group, size = [], 0
         group.append(row)
         size += len(row)
     if group:
-        yield make_batch(group)
+        yield group
 
 
 def unquantized_loss(
