@@ -149,13 +149,11 @@ def test_time_follows_the_work() -> None:
 
     def seconds(**changed: Any) -> float:
         usual = {"tokens": 2048, "row_tokens": 512, "passes": 1}
-        return step_seconds(
-            shape, made, cpu, **{**usual, "checkpointing": False, "keep_copy": True, **changed}
-        )
+        return step_seconds(shape, made, cpu, **{**usual, "recomputed": 0, "copied": 4, **changed})
 
     assert seconds(passes=4) == pytest.approx(4 * seconds())
-    assert seconds(checkpointing=True) > 1.3 * seconds()
-    assert seconds(keep_copy=False) > seconds()
+    assert seconds(recomputed=4) > 1.3 * seconds()
+    assert seconds(copied=0) > seconds()
     assert seconds(tokens=4096) > 1.8 * seconds()
     emulated = device_speed(Device("cpu", "c", 1, 1, None, False, 2), "bf16")
     assert emulated.flops < cpu.flops / 10

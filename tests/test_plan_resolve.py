@@ -95,9 +95,12 @@ def resolved(
         held_out=held_out,
     )
     assert again.recipe == found.recipe
-    assert (again.steps, again.keep_copy) == (found.steps, found.keep_copy)
+    assert again.steps == found.steps
+    if not 0 < found.recomputed_layers < config.num_hidden_layers:
+        assert again.recomputed_layers == found.recomputed_layers
+        assert again.copied_layers == found.copied_layers
     told = {choice.key for choice in again.choices}
-    assert told <= {"keep_copy", "training.max_steps", "report.loss_at_steps"}
+    assert told <= {"copies", "training.max_steps", "report.loss_at_steps"}
     for choice in found.choices:
         assert choice.reason
         assert choice.reason[-1] != "."
@@ -133,7 +136,7 @@ def test_the_defaults() -> None:
     assert {
         *("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "precision"),
         *("training.learning_rate", "training.lr_scheduler", "training.warmup_steps", "device"),
-        *("training.max_grad_norm", "training.weight_decay", "training.batch_size", "keep_copy"),
+        *("training.max_grad_norm", "training.weight_decay", "training.batch_size", "copies"),
         *("training.gradient_accumulation", "training.epochs", "training.gradient_checkpointing"),
         *("training.optimizer", "quantization.type", "quantization.double_quant"),
         *("quantization.upcast_rest", "data.loss_on", "evaluation.every_steps"),
@@ -328,13 +331,13 @@ def test_memory_decides_recomputing_batch_and_copy() -> None:
     length = 2048
     on_t4 = resolved(config=LLAMA_8B, device=T4, max_length=length)
     assert on_t4.recipe.training.gradient_checkpointing is True
-    assert on_t4.keep_copy is False  # 14 GB of it
+    assert on_t4.copied_layers < 32  # 14 GB for all
     on_h100 = resolved(config=LLAMA_8B, device=H100, max_length=length)
     assert on_h100.recipe.training.gradient_checkpointing is False
     assert int(on_h100.recipe.training.batch_size) >= int(on_t4.recipe.training.batch_size)
     small = resolved(device=T4)
     assert small.recipe.training.gradient_checkpointing is False
-    assert small.keep_copy is True
+    assert small.copied_layers == TINY.num_hidden_layers
     stated = resolved(
         "training: {gradient_checkpointing: false, batch_size: 16}\n",
         config=LLAMA_8B,

@@ -6,8 +6,9 @@ forward pass; c bytes are an element of the products' type, e one of the type th
 norms are kept in, which is also the residual stream's.
 
 *Weights.* A quantized weight of n elements takes n/2 bytes of codes and 4·⌈n/64⌉ of scales; with
-double quantization ⌈n/64⌉ + 4·⌈⌈n/64⌉/256⌉ + 4. The rest takes e bytes each. A copy kept for
-speed takes c·n; without one, the largest layer is dequantized in each pass and dropped.
+double quantization ⌈n/64⌉ + 4·⌈⌈n/64⌉/256⌉ + 4. The rest takes e bytes each, but c each of
+embedding and head where they are stored in the products' type. A copy kept for speed takes c·n;
+without one, the largest layer is dequantized in each pass and dropped.
 
 *Kept for the backward pass*, per token and layer, in an engine that keeps nothing it can make
 again:
@@ -23,6 +24,8 @@ With checkpointing each layer keeps its input, e·H a token, and one layer at a 
 
 *The loss* keeps its gradient in the last hidden states, 2·c·H for each labelled token, and works
 on one chunk of logits: three tensors of at most 128 MB in fp32.
+
+That is a step by autograd; :mod:`halfbyte.plan.memory_fused` has the one of fused layers.
 """
 
 from __future__ import annotations
@@ -56,6 +59,8 @@ class Setup:
     r: int
     target_modules: str | tuple[str, ...]
     optimizer: str
+    fused: bool = False  # the layers are fused ones
+    triton: bool = True  # fused layers are made of Triton kernels
 
     @property
     def compute(self) -> int:
@@ -96,11 +101,10 @@ class StepMemory:
 def step_memory(
     shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool, keep_copy: bool
 ) -> StepMemory:
-    """The memory of one forward and backward pass over ``tokens`` tokens, all of them labelled."""
+    """One forward and backward pass by autograd over ``tokens`` tokens, all of them labelled."""
     trainable = shape.trainable(setup.r, setup.target_modules)
     copy = setup.compute * shape.linear if keep_copy else 0
     widest = max(shape.intermediate, shape.hidden, shape.heads * shape.head_dim)
-    head_copy = 0 if setup.rest == setup.compute else setup.compute * shape.head
     dequantized = 0 if keep_copy else (setup.compute + 8) * shape.largest_linear
     return StepMemory(
         weights=weight_bytes(shape, setup),
@@ -109,7 +113,7 @@ def step_memory(
         optimizer=optimizer_bytes(shape, setup),
         activations=activation_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing),
         loss=loss_bytes(shape, setup, labels=tokens),
-        working=head_copy + dequantized + 4 * setup.compute * widest * tokens,
+        working=head_copy(shape, setup) + dequantized + 4 * setup.compute * widest * tokens,
     )
 
 
@@ -128,7 +132,20 @@ def weight_bytes(shape: ModelShape, setup: Setup) -> int:
         nf4_bytes(rows * columns, setup.block_size, setup.double_quant)
         for rows, columns in shape.linears.values()
     )
-    return quantized + setup.rest * shape.rest
+    narrow = shape.ends if has_narrow_ends(shape, setup) else 0
+    return quantized + setup.rest * (shape.rest - narrow) + setup.compute * narrow
+
+
+def has_narrow_ends(shape: ModelShape, setup: Setup) -> bool:
+    """Whether embedding and head stay in the products' type, in which they are stored."""
+    return setup.compute < setup.rest and shape.stored == setup.precision
+
+
+def head_copy(shape: ModelShape, setup: Setup) -> int:
+    """The head in the products' type, where it is kept in another."""
+    if setup.rest == setup.compute or (shape.ends and has_narrow_ends(shape, setup)):
+        return 0
+    return setup.compute * shape.head
 
 
 def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:

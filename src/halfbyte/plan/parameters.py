@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from halfbyte.model.fusable import why_not_fused
 from halfbyte.model.lora import choose_targets
+from halfbyte.model.narrow import can_be_narrow
 from halfbyte.model.skeleton import build_skeleton, quantized_linears
+
+_STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,14 @@ class ModelShape:
 
     ``linears`` gives (out, in) of every layer that is stored in 4 bits, by full name; ``rest``
     counts all other parameters (norms, embeddings, head, biases), tied ones once; ``head`` those
-    of the output head alone, whether tied or not.
+    of the output head alone, whether tied or not; ``ends`` those of embedding and head, tied ones
+    once, if :mod:`halfbyte.model.narrow` can keep them in 16 bits.
     """
 
     linears: dict[str, tuple[int, int]]
     rest: int
     head: int
+    ends: int
     layers: int
     hidden: int
     intermediate: int
@@ -31,6 +37,8 @@ class ModelShape:
     vocab: int
     norm_width: int  # widths of the inputs of all norms together, per token
     max_length: int | None  # the model's own limit in tokens
+    stored: str | None  # the type that the weights are said to be stored in: "bf16", "fp16", "fp32"
+    not_fused: str | None  # why its layers cannot be fused, or None
 
     @property
     def linear(self) -> int:
@@ -80,10 +88,12 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     hidden = int(text.hidden_size)
     widths = [max(linear.weight.shape) for linear in linears.values()]
+    ends = [model.get_submodule(end).weight for end in can_be_narrow(model)]
     return ModelShape(
         linears={n: (m.weight.shape[0], m.weight.shape[1]) for n, m in linears.items()},
         rest=sum(parameters.values()) - in_linears,
         head=0 if head is None else head.weight.numel(),
+        ends=sum({id(weight): weight.numel() for weight in ends}.values()),
         layers=int(text.num_hidden_layers),
         hidden=hidden,
         intermediate=int(getattr(text, "intermediate_size", None) or max(widths)),
@@ -93,7 +103,13 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
         vocab=int(text.vocab_size),
         norm_width=_norm_width(model, heads, kv_heads),
         max_length=getattr(text, "max_position_embeddings", None),
+        stored=_stored(config) or _stored(text),
+        not_fused=why_not_fused(model),
     )
+
+
+def _stored(config: Any) -> str | None:
+    return _STORED.get(str(getattr(config, "dtype", None)).removeprefix("torch."))
 
 
 def _norm_width(model: Any, heads: int, kv_heads: int) -> int:

@@ -6,18 +6,25 @@ run can go on from its own recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.batching import Batches
 from halfbyte.events.types import Choice
+from halfbyte.kernels import triton_shim
 from halfbyte.plan import defaults
+from halfbyte.plan.buckets import ROUNDED_TO, batch_sizes
 from halfbyte.plan.device import Device
-from halfbyte.plan.memory import Setup, optimizer_bytes
+from halfbyte.plan.memory import Setup, optimizer_bytes, weight_bytes
 from halfbyte.plan.parameters import ModelShape, model_shape
 from halfbyte.plan.precision import choose_precision
+from halfbyte.plan.reasons import copies, copy_reason, recompute_reason
+from halfbyte.plan.speed import device_speed, step_seconds
 from halfbyte.plan.strategy import (
     ROWS_PER_STEP,
+    PassSize,
     Way,
     budget,
     choose_way,
@@ -38,9 +45,9 @@ LOSS_AT_STEPS = "eight, spread over the steps that were made"
 class Resolved:
     """``recipe`` with every setting decided, and what follows from it.
 
-    ``keep_copy`` says whether each weight is also kept dequantized; it changes no number, only
-    time and memory, and so is no setting. ``seconds_per_token`` is what a token more in a batch is
-    expected to cost.
+    ``recomputed_layers`` are computed again in the backward pass, and of ``copied_layers`` the
+    weights are also kept dequantized; that changes no number, only time and memory, and so is no
+    setting. ``seconds_per_token`` is what a token more in a batch is expected to cost.
     """
 
     recipe: Recipe
@@ -48,7 +55,8 @@ class Resolved:
     steps_per_epoch: int
     choices: list[Choice]
     warnings: list[str]
-    keep_copy: bool
+    recomputed_layers: int
+    copied_layers: int
     seconds_per_token: float
 
 
@@ -97,13 +105,15 @@ def resolve(
     max_length: int,
     held_out: int,
     template: str | None = None,
+    train: Sequence[TokenizedRow] = (),
 ) -> Resolved:
     """Decide what ``recipe`` leaves open.
 
     ``model_config`` is transformers'; ``rows`` the rows that train, ``held_out`` those that do
     not, ``max_length`` the longest row in tokens and ``template`` the template's name, as the
-    data room has decided and told of them. Raises ModelError for target modules that the model
-    lacks.
+    data room has decided and told of them. With the rows that ``train`` memory is planned for the
+    largest batch that they make, and without them for batches of nothing but longest rows. Raises
+    ModelError for target modules that the model lacks.
     """
     shape = model_shape(model_config, recipe.model.name)
     decided = Decisions.of(recipe)
@@ -112,7 +122,8 @@ def resolve(
     decided.tell_defaults()
     decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora.r))
     decided.auto("training.learning_rate", lambda: defaults.learning_rate(shape.frozen))
-    way, fits = _decide_way(decided, shape, device, max_length)
+    largest = _LargestPass(decided.recipe, train, rows, max_length, device)
+    way, fits = _decide_way(decided, shape, device, largest)
     _decide_optimizer(decided, shape, device)
     per_epoch, total = _decide_steps(decided, rows)
     _decide_watch(decided, total, held_out)
@@ -132,9 +143,53 @@ def resolve(
             steps=total,
             held_out=held_out,
         ),
-        keep_copy=way.keep_copy,
-        seconds_per_token=way.seconds / (way.batch_size * way.gradient_accumulation * max_length),
+        recomputed_layers=way.recomputed_layers,
+        copied_layers=way.copied_layers,
+        seconds_per_token=_seconds_per_token(decided.recipe, shape, device, way, max_length),
     )
+
+
+@dataclass(frozen=True)
+class _LargestPass:
+    """The largest pass of a run with so many rows in a pass and passes in a step."""
+
+    recipe: Recipe
+    train: Sequence[TokenizedRow]
+    rows: int
+    max_length: int
+    device: Device
+
+    def __call__(self, rows: int, passes: int) -> PassSize:
+        if not self.train:
+            tokens = rows * self.max_length
+            return PassSize(tokens, tokens, self.max_length)
+        steps = _steps(self.recipe, self.rows, rows * passes)[1]
+        found = batch_sizes(Batches(self.train, rows, passes, self.recipe.seed), steps).largest
+        if self.device.kind == "cpu":
+            return PassSize(*found)
+        tokens, labels = (-(-n // ROUNDED_TO) * ROUNDED_TO for n in found[:2])
+        return PassSize(tokens, min(tokens, labels), found[2])
+
+
+def _seconds_per_token(
+    recipe: Recipe, shape: ModelShape, device: Device, way: Way, row_tokens: int
+) -> float:
+    """What a token more costs: apart from that a pass has costs of its own, whatever its size."""
+    setup = setup_of(recipe, shape, device, upcast_rest=bool(recipe.quantization.upcast_rest))
+    one, two = (
+        step_seconds(
+            shape,
+            setup,
+            device_speed(device, setup.precision),
+            tokens=tokens,
+            row_tokens=row_tokens,
+            passes=1,
+            recomputed=way.recomputed_layers,
+            copied=way.copied_layers,
+        )
+        for tokens in (way.tokens, 2 * way.tokens)
+    )
+    return (two - one) / way.tokens
 
 
 def decide_device(decided: Decisions, device: Device) -> None:
@@ -154,18 +209,27 @@ def _put_data(decided: Decisions, max_length: int, held_out: int, template: str 
 
 
 def _decide_way(
-    decided: Decisions, shape: ModelShape, device: Device, row_tokens: int
+    decided: Decisions,
+    shape: ModelShape,
+    device: Device,
+    largest: Callable[[int, int], PassSize],
 ) -> tuple[Way, bool]:
-    """Rows in a pass, recomputing, the type of the rest, and a copy, by memory and time."""
+    """Rows in a pass, recomputing, the type of the rest, and copies, by memory and time."""
     training, limit = decided.recipe.training, budget(device, decided.recipe.memory_limit_gb)
     batches = possible_batches(training.batch_size, training.gradient_accumulation)
     stated = training.gradient_checkpointing
     recompute = (False, True) if stated == "auto" else (bool(stated),)
 
     def best(upcast: bool) -> tuple[Way, bool, list[Way]]:
-        setup = setup_of(decided.recipe, upcast_rest=upcast)
+        setup = setup_of(decided.recipe, shape, device, upcast_rest=upcast)
         found = ways(
-            shape, setup, device, row_tokens=row_tokens, batches=batches, checkpointing=recompute
+            shape,
+            setup,
+            device,
+            limit,
+            largest=largest,
+            batches=batches,
+            checkpointing=recompute,
         )
         return *choose_way(found, limit), found
 
@@ -173,7 +237,9 @@ def _decide_way(
     way, fits, found = best(asked is not False)
     if asked == "auto":
         if fits or decided.recipe.precision == "fp32":
-            decided.set("quantization.upcast_rest", True, _upcast_reason(decided.recipe, shape))
+            decided.set(
+                "quantization.upcast_rest", True, _upcast_reason(decided.recipe, shape, device)
+            )
         else:
             way, fits, found = best(False)
             decided.set(
@@ -186,7 +252,7 @@ def _decide_way(
         decided.set(
             "training.batch_size",
             way.batch_size,
-            f"{words}; a pass of up to {way.batch_size * row_tokens:,} tokens needs about "
+            f"{words}; a pass of up to {way.tokens:,} tokens needs about "
             f"{gigabytes(way.memory.total)} of {limit.words}",
         )
     if training.gradient_accumulation == "auto":
@@ -201,17 +267,17 @@ def _decide_way(
         )
     if training.gradient_checkpointing == "auto":
         decided.set(
-            "training.gradient_checkpointing", *_recompute_reason(way, found, fits, limit.words)
+            "training.gradient_checkpointing", *recompute_reason(way, found, fits, limit.words)
         )
-    decided.choices.append(
-        Choice("keep_copy", None, way.keep_copy, _copy_reason(way, found, limit.words))
-    )
+    decided.choices.append(Choice("copies", None, copies(way), copy_reason(way, limit.words)))
     return way, fits
 
 
-def setup_of(recipe: Recipe, *, upcast_rest: bool) -> Setup:
+def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: bool) -> Setup:
     """What of ``recipe``, its precision decided, the memory of a step follows from."""
-    targets = recipe.lora.target_modules
+    targets, block = recipe.lora.target_modules, recipe.quantization.block_size
+    whole_blocks = all(columns % block == 0 for _, columns in shape.linears.values())
+    fused = device.kind == "cuda" and shape.not_fused is None and whole_blocks
     return Setup(
         precision=str(recipe.precision),
         upcast_rest=upcast_rest,
@@ -220,48 +286,21 @@ def setup_of(recipe: Recipe, *, upcast_rest: bool) -> Setup:
         r=recipe.lora.r,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         optimizer=recipe.training.optimizer,
+        fused=fused,
+        triton=triton_shim.INSTALLED and (device.capability or (0, 0)) >= (7, 5),
     )
 
 
-def _upcast_reason(recipe: Recipe, shape: ModelShape) -> str:
+def _upcast_reason(recipe: Recipe, shape: ModelShape, device: Device) -> str:
     if recipe.precision == "fp32":
         return "everything is in fp32 here"
+    wide, narrow = (
+        weight_bytes(shape, setup_of(recipe, shape, device, upcast_rest=upcast))
+        for upcast in (True, False)
+    )
     return (
         "PEFT's prepare_model_for_kbit_training keeps norms, embeddings and head in fp32 too; it "
-        f"costs {gigabytes(2 * shape.rest)} of weights"
-    )
-
-
-def _recompute_reason(way: Way, found: list[Way], fits: bool, of: str) -> tuple[bool, str]:
-    other = next(
-        w
-        for w in found
-        if (w.batch_size, w.keep_copy) == (way.batch_size, way.keep_copy)
-        and w.checkpointing != way.checkpointing
-    )
-    if not way.checkpointing:
-        return False, (
-            f"all activations fit: about {gigabytes(way.memory.total)} of {of}; recomputing "
-            f"would save {gigabytes(way.memory.total - other.memory.total)} and cost time"
-        )
-    if not fits:
-        return True, "memory is short, and recomputing needs the least"
-    return True, (
-        f"keeping all activations would need about {gigabytes(other.memory.total)} and there are "
-        f"{of}; recomputing needs {gigabytes(way.memory.total)}"
-    )
-
-
-def _copy_reason(way: Way, found: list[Way], of: str) -> str:
-    if way.keep_copy:
-        return (
-            f"a dequantized copy of the weights ({gigabytes(way.memory.copy)}) fits and saves "
-            "dequantizing them in every pass; the numbers are the same"
-        )
-    copy = max(w.memory.copy for w in found)
-    return (
-        f"a dequantized copy of the weights ({gigabytes(copy)}) would take memory that the step "
-        f"needs more, of {of}"
+        f"costs {gigabytes(wide - narrow)} of weights"
     )
 
 
@@ -270,7 +309,7 @@ def _decide_optimizer(decided: Decisions, shape: ModelShape, device: Device) -> 
     recipe = decided.recipe
     if recipe.training.optimizer != "paged_adamw_8bit":
         return
-    setup = setup_of(recipe, upcast_rest=bool(recipe.quantization.upcast_rest))
+    setup = setup_of(recipe, shape, device, upcast_rest=bool(recipe.quantization.upcast_rest))
     state = gigabytes(optimizer_bytes(shape, setup))
     shapes = shape.adapter_shapes(recipe.lora.r, recipe.lora.target_modules)
     largest = max(rows * columns for pair in shapes.values() for rows, columns in pair)
@@ -291,21 +330,30 @@ def _decide_steps(decided: Decisions, rows: int) -> tuple[int, int]:
     training = decided.recipe.training
     decided.auto("training.epochs", lambda: defaults.epochs(rows))
     rows_per_step = int(training.batch_size) * int(training.gradient_accumulation)
-    per_epoch = defaults.steps_per_epoch(rows, rows_per_step)
-    total = defaults.steps(per_epoch, float(training.epochs))
+    per_epoch, total = _steps(decided.recipe, rows, rows_per_step)
     if training.max_steps is not None:
         passes = training.max_steps / per_epoch
+        of_epochs = defaults.steps(per_epoch, float(training.epochs))
         decided.choices.append(
             Choice(
                 "training.max_steps",
                 training.max_steps,
                 training.max_steps,
-                f"{passes:.3g} epochs, where training.epochs alone would make {total:,} steps",
+                f"{passes:.3g} epochs, where training.epochs alone would make {of_epochs:,} steps",
             )
         )
-        total = training.max_steps
     decided.auto("training.warmup_steps", lambda: defaults.warmup_steps(total))
     return per_epoch, total
+
+
+def _steps(recipe: Recipe, rows: int, rows_per_step: int) -> tuple[int, int]:
+    """Steps of an epoch and of the run."""
+    training = recipe.training
+    per_epoch = defaults.steps_per_epoch(rows, rows_per_step)
+    if training.max_steps is not None:
+        return per_epoch, training.max_steps
+    epochs = defaults.epochs(rows)[0] if training.epochs == "auto" else float(training.epochs)
+    return per_epoch, defaults.steps(per_epoch, epochs)
 
 
 def _decide_watch(decided: Decisions, total: int, held_out: int) -> None:

@@ -1,17 +1,20 @@
-"""How to make a step on this device: rows in a pass, recomputing, a copy of the weights.
+"""How to make a step on this device: rows in a pass, recomputing, copies of the weights.
 
 Of the ways that fit into memory the fastest is taken, and of those nearly as fast the one that
-needs least. What the recipe states is not touched.
+needs least. What the recipe states is not touched. By fused layers some of the layers may be
+recomputed and some have a copy, so that memory is used up to the last layer that fits; otherwise
+it is all of them or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from halfbyte.plan.device import Device
 from halfbyte.plan.memory import Setup, StepMemory, step_memory
+from halfbyte.plan.memory_fused import FusedMemory
 from halfbyte.plan.parameters import ModelShape
 from halfbyte.plan.speed import device_speed, step_seconds
 
@@ -21,14 +24,24 @@ _NEARLY = 1.03  # as fast as the fastest, for an estimate
 
 @dataclass(frozen=True)
 class Way:
-    """One way of making a step, with what it costs."""
+    """One way of making a step, with what it costs.
+
+    ``tokens`` are the positions of its largest pass. Of its ``layers`` the first
+    ``recomputed_layers`` are recomputed, and of the first ``copied_layers`` a copy is kept.
+    """
 
     batch_size: int
     gradient_accumulation: int
-    checkpointing: bool
-    keep_copy: bool
+    tokens: int
+    layers: int
+    recomputed_layers: int
+    copied_layers: int
     memory: StepMemory
     seconds: float
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.recomputed_layers > 0
 
 
 @dataclass(frozen=True)
@@ -54,50 +67,97 @@ def budget(device: Device, limit_gb: float | None = None) -> Budget:
     return Budget(int(share * device.memory_bytes), f"{gigabytes(device.memory_bytes)} of {of}")
 
 
+@dataclass(frozen=True)
+class PassSize:
+    """A forward pass: its positions, how many of them are learned, the longest of its rows."""
+
+    tokens: int
+    labels: int
+    row_tokens: int
+
+
 def ways(
     shape: ModelShape,
     setup: Setup,
     device: Device,
+    limit: Budget,
     *,
-    row_tokens: int,
+    largest: Callable[[int, int], PassSize],
     batches: Sequence[tuple[int, int]],
     checkpointing: Sequence[bool],
 ) -> list[Way]:
-    """All ways with one of ``batches`` (rows in a pass, passes in a step) and ``checkpointing``.
+    """The ways to choose from, with one of ``batches`` (rows in a pass, passes in a step).
 
-    ``row_tokens`` is the longest row in tokens: a pass has at most that many times its rows.
+    ``largest(rows, passes)`` is the largest pass of such a batch. ``checkpointing`` says whether
+    all layers may be recomputed, none, or as many as it takes. Of fused layers as many have a copy
+    as fit into ``limit`` with what is recomputed.
     """
     speed = device_speed(device, setup.precision)
+    adapter = shape.trainable(setup.r, setup.target_modules)
+    fused = FusedMemory(shape, setup) if setup.fused else None
+    layers = shape.layers
     found = []
-    for (rows, passes), recompute, copy in product(batches, checkpointing, (True, False)):
-        tokens = rows * row_tokens
-        memory = step_memory(shape, setup, tokens=tokens, checkpointing=recompute, keep_copy=copy)
-        seconds = step_seconds(
-            shape,
-            setup,
-            speed,
-            tokens=tokens,
-            row_tokens=row_tokens,
-            passes=passes,
-            checkpointing=recompute,
-            keep_copy=copy,
-        )
-        found.append(Way(rows, passes, recompute, copy, memory, seconds))
+    for rows, passes in batches:
+        size = largest(rows, passes)
+        for recomputed, copied, memory in _memories(
+            shape, setup, fused, size, checkpointing, limit
+        ):
+            seconds = step_seconds(
+                shape,
+                setup,
+                speed,
+                tokens=size.tokens,
+                row_tokens=size.row_tokens,
+                passes=passes,
+                recomputed=recomputed,
+                copied=copied,
+                adapter=adapter,
+            )
+            found.append(
+                Way(rows, passes, size.tokens, layers, recomputed, copied, memory, seconds)
+            )
     return found
+
+
+def _memories(
+    shape: ModelShape,
+    setup: Setup,
+    fused: FusedMemory | None,
+    size: PassSize,
+    checkpointing: Sequence[bool],
+    limit: Budget,
+) -> Iterator[tuple[int, int, StepMemory]]:
+    """Layers recomputed, layers of which a copy is kept, and what that takes."""
+    layers, tokens, labels = shape.layers, size.tokens, size.labels
+    if fused is None:
+        for recompute, copy in product(checkpointing, (True, False)):
+            memory = step_memory(
+                shape, setup, tokens=tokens, checkpointing=recompute, keep_copy=copy
+            )
+            yield layers * recompute, layers * copy, memory
+        return
+    counts = range(layers + 1) if len(checkpointing) > 1 else [layers * checkpointing[0]]
+    for recomputed in counts:
+        most = fused.most_copies(tokens, labels, recomputed, limit.bytes)
+        for copied in {0, most}:
+            memory = fused.step(tokens, labels, recomputed=recomputed, copied=copied)
+            yield recomputed, copied, memory
 
 
 def choose_way(found: Sequence[Way], limit: Budget) -> tuple[Way, bool]:
     """The best of ``found``, and whether it fits ``limit``; the smallest where none does.
 
-    Among ways nearly as fast as the fastest, one with a copy of the weights comes first: the
-    estimate of what dequantizing costs is the least certain, and memory that fits is free.
+    Of each batch the fastest way counts. Among batches nearly as fast as the fastest, one with
+    more copies of the weights comes first: the estimate of what dequantizing costs is the least
+    certain, and memory that fits is free.
     """
     fitting = [way for way in found if way.memory.total <= limit.bytes]
     if not fitting:
         return min(found, key=lambda way: way.memory.total), False
-    best = min(way.seconds for way in fitting)
-    near = [way for way in fitting if way.seconds <= _NEARLY * best]
-    return min(near, key=lambda way: (not way.keep_copy, way.memory.total)), True
+    fitting.sort(key=lambda way: (way.seconds, way.memory.total))
+    of_batch = {(way.batch_size, way.gradient_accumulation): way for way in reversed(fitting)}
+    near = [way for way in of_batch.values() if way.seconds <= _NEARLY * fitting[0].seconds]
+    return min(near, key=lambda way: (-way.copied_layers, way.memory.total)), True
 
 
 def possible_batches(batch_size: int | str, accumulation: int | str) -> list[tuple[int, int]]:

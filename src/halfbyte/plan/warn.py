@@ -60,9 +60,11 @@ def _memory(asked: Recipe, device: Device, way: Way, fits: bool) -> str | None:
         )
     if not better:
         better.append("a smaller --set data.max_length or a smaller model")
+    there_is = budget(device, asked.memory_limit_gb).words
     return (
-        f"a pass of {way.batch_size} rows of the maximum length needs about {need}, more than "
-        f"there is ({budget(device).words}), and may run out of memory; try {', or '.join(better)}."
+        f"a pass of {way.tokens:,} tokens, the largest of {way.batch_size} rows, needs about "
+        f"{need}, more than there is ({there_is}), and may run out of memory; try "
+        f"{', or '.join(better)}."
     )
 
 

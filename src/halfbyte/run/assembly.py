@@ -19,9 +19,11 @@ from halfbyte.plan.resolve import Resolved, resolve
 from halfbyte.recipe import Recipe
 from halfbyte.run.fingerprint import fingerprint
 from halfbyte.run.record import RunRecord
+from halfbyte.run.strategy import Strategy
 
 # What making one more graph costs: a step run eagerly, and one more recorded.
 CAPTURE_SECONDS = 0.15
+DECIDED_ANEW = "how steps are made is decided anew, and sums may be rounded in other ways"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Assembly:
     data: Prepared
     device: Device
     resolved: Resolved
+    earlier: Strategy | None = None  # how the run made its steps before it was interrupted
 
     @cached_property
     def batches(self) -> Batches:
@@ -42,6 +45,8 @@ class Assembly:
     @cached_property
     def buckets(self) -> list[Bucket] | None:
         """The shapes of the run's batches; None on a CPU, where any shape is as good."""
+        if self.earlier is not None:
+            return self.earlier.buckets
         if self.device.kind == "cpu":
             return None
         sizes = batch_sizes(self._batches(None), self.resolved.steps)
@@ -69,14 +74,20 @@ class Assembly:
 
 
 def assemble(
-    recipe: Recipe, emit: RunRecord, *, recipe_folder: Path | None = None, tell: bool = True
+    recipe: Recipe,
+    emit: RunRecord,
+    *,
+    recipe_folder: Path | None = None,
+    tell: bool = True,
+    earlier: Strategy | None = None,
 ) -> Assembly:
     """Find the device, open the model, prepare the rows and decide what was left open.
 
     Paths in the recipe are looked for from the working directory and then from
     ``recipe_folder``; the effective recipe has them as they were found, so that a run can be
     resumed and asked from where it was made. ``tell=False`` leaves the choices unsaid, for a run
-    that goes on with choices made before.
+    that goes on with choices made before; steps are then made as ``earlier`` says, unless the
+    machine or the software is another one.
     """
     asked_path, recipe = recipe.data.path, _located_recipe(recipe, recipe_folder)
     device = find_device(recipe.device)
@@ -93,7 +104,19 @@ def assemble(
         max_length=data.max_length,
         held_out=len(data.held_out),
         template=data.template.name,
+        train=data.train,
     )
+    if earlier is not None:
+        reason = earlier.why_not_here(device)
+        if reason is None:
+            resolved = replace(
+                resolved,
+                recomputed_layers=earlier.recomputed_layers,
+                copied_layers=earlier.copied_layers,
+            )
+        else:
+            emit(Warned(f"{reason}: {DECIDED_ANEW}"))
+            earlier = None
     audit = replace(data.audit, source=asked_path)
     emit(audit)
     if tell:
@@ -101,7 +124,7 @@ def assemble(
             emit(choice)
         for text in [*data.warnings, *resolved.warnings]:
             emit(Warned(text))
-    return Assembly(resolved.recipe, source, data, device, resolved)
+    return Assembly(resolved.recipe, source, data, device, resolved, earlier)
 
 
 def _located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:

@@ -26,6 +26,7 @@ CONTENTS = (
     EVENTS_FILE,
     "recipe.yaml",
     "recipe.asked.yaml",
+    "strategy.json",
     "report.md",
     "report.html",
     "report.pdf",

@@ -46,7 +46,7 @@ def load_for_inference(folder: Path, device: str = "auto") -> Answerer:
     if on.kind == "cpu" and recipe.precision != "fp32" and not on.bf16_native:
         recipe = recipe.model_copy(update={"precision": "fp32"})
     source = open_model(recipe.model)
-    qlora, _ = load_model(recipe, source, on, keep_copy=True)
+    qlora, _ = load_model(recipe, source, on)
     saved = read_adapter(folder / "adapter")
     if saved.layers.keys() != qlora.lora.keys():
         raise ModelError(f"the adapter in {folder} is not one of {recipe.model.name}'s layers.")

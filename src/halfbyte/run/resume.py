@@ -13,6 +13,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.folder import is_finished, require_run
+from halfbyte.run.strategy import Strategy, read_strategy
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Resumed:
     state: CheckpointState
     tensors: dict[str, Tensor]
     best: dict[str, Tensor] | None  # the adapter with the lowest held-out loss so far
+    strategy: Strategy | None  # None where none can be read
 
     def check(self, assembly: Assembly) -> None:
         """Raises RunError where the recipe, the rows or the tokenizer are not those of before."""
@@ -53,4 +55,5 @@ def open_resumed(folder: Path) -> Resumed:
         at = folder / "checkpoints" / f"step-{state.best_step}"
         best_tensors = tensors if state.best_step == state.step else load_checkpoint(at)[1]
         best = {n: t for n, t in best_tensors.items() if n.startswith("adapter.")}
-    return Resumed(folder, load_recipe(folder / "recipe.yaml"), state, tensors, best)
+    recipe = load_recipe(folder / "recipe.yaml")
+    return Resumed(folder, recipe, state, tensors, best, read_strategy(folder))

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from halfbyte.data.batch import Batch, Bucket
 from halfbyte.engine.capture import CapturedStep
-from halfbyte.engine.products import choose_libraries, read_choices, write_choices
+from halfbyte.engine.products import (
+    choose_libraries,
+    product_name,
+    read_choices,
+    write_choices,
+)
 from halfbyte.engine.result import StepResult
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.engine.step import TrainStep
@@ -34,8 +39,15 @@ from halfbyte.quant.joined import FlatAdapter
 from halfbyte.recipe import Recipe
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
+from halfbyte.run.strategy import Strategy, kernel_names, kernels_named, versions_here
 
 _NO_GRAPH = "each step launched kernel by kernel, in place of a CUDA graph"
+_WHY_CAPTURED = (
+    "the whole step is one CUDA graph for each bucket, launched as one and not kernel by kernel"
+)
+_WHY_BUCKETS = (
+    "a batch is padded to the first of these numbers of tokens that holds it, so that shapes repeat"
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -53,6 +65,10 @@ class Trainer:
     scaler: LossScaler
     step: TrainStep
     take_step: Callable[[int, Sequence[Batch]], StepResult]
+
+    @property
+    def captured(self) -> bool:
+        return isinstance(self.take_step, CapturedStep)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, by name; views, not copies."""
@@ -87,14 +103,16 @@ def load_model(
     source: ModelSource,
     device: Device,
     *,
-    keep_copy: bool,
+    copied_layers: int | None = None,
     record: RunRecord | None = None,
+    earlier: Strategy | None = None,
 ) -> tuple[QLoRAModel, ModelLoaded]:
     """Quantize the base as it is read and attach a fresh adapter.
 
-    ``recipe`` is effective. With ``keep_copy`` every linear layer also keeps its weight
-    dequantized. With a ``record`` the model is to be trained: on a GPU its layers are fused if
-    they can be, and the record hears how that was decided.
+    ``recipe`` is effective. The linear layers of the first ``copied_layers`` (by default of all)
+    also keep their weights dequantized. With a ``record`` the model is to be trained: on a GPU its
+    layers are fused if they can be, and the record hears how that was decided; ``earlier`` says
+    with which kernels the run began.
     """
     compute_dtype = DTYPES[str(recipe.precision)]
     rest_dtype = torch.float32 if recipe.quantization.upcast_rest else compute_dtype
@@ -122,11 +140,12 @@ def load_model(
         layer.lora_B.requires_grad_(True)
     model = QLoRAModel(loaded.model, lora, compute_dtype)
     if record is not None and device.kind == "cuda":
-        _fuse(model, device, record)
+        _fuse(model, device, record, earlier)
     copied = 0
     if model.fused is not None:
-        copied = model.fused.keep_copies() if keep_copy else model.fused.use_scratch()
-    elif keep_copy:
+        copied = model.fused.keep_copies(copied_layers)
+        model.fused.use_scratch()
+    elif copied_layers != 0:
         copied = sum(layer.keep_dense() for layer in model.linears.values())
     names = [name.rsplit(".", 1)[-1] for name in lora]
     return model, ModelLoaded(
@@ -147,9 +166,16 @@ def load_model(
     )
 
 
-def _fuse(model: QLoRAModel, device: Device, record: RunRecord) -> None:
-    """Give ``model`` fused layers, or at least kernels for its own; say why where not."""
+def _kernels(device: Device, earlier: Strategy | None) -> tuple[Kernels, str]:
+    """The kernels and what they are in words; those that the run began with, if it goes on."""
     kernels, words = choose_kernels(device.capability)
+    before = None if earlier is None else kernels_named(earlier.kernels)
+    return before or kernels, words
+
+
+def _fuse(model: QLoRAModel, device: Device, record: RunRecord, earlier: Strategy | None) -> None:
+    """Give ``model`` fused layers, or at least kernels for its own; say why where not."""
+    kernels, words = _kernels(device, earlier)
     try:
         model.fused = FusedNetwork(model.network, model.head, model.compute_dtype, kernels)
     except NotFusedError as error:
@@ -168,7 +194,7 @@ def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
     """The optimizer, the schedule and the step of a run at its beginning."""
     recipe, training = assembly.recipe, assembly.recipe.training
     parameters = flatten_parameters(model.lora_parameters())
-    kernels, _ = choose_kernels(assembly.device.capability)
+    kernels, _ = _kernels(assembly.device, assembly.earlier)
     if model.fused is not None:
         kernels = model.fused.kernels
         shadow = parameters.data.to(model.compute_dtype)
@@ -182,7 +208,9 @@ def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
         float(training.learning_rate),
         training.lr_scheduler,
     )
-    model.use_gradient_checkpointing(bool(training.gradient_checkpointing))
+    model.use_gradient_checkpointing(assembly.resolved.recomputed_layers > 0)
+    if model.fused is not None:
+        model.fused.recompute_layers(assembly.resolved.recomputed_layers)
     step = TrainStep(
         model,
         parameters,
@@ -199,11 +227,16 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
     """``trainer`` with its step captured as CUDA graphs, where it can be."""
     if assembly.buckets is None:
         return trainer
+    sizes = [bucket.tokens for bucket in assembly.buckets]
+    record(Choice("buckets", None, sizes, _WHY_BUCKETS))
     training, reads = assembly.recipe.training, trainer.model.host_reads()
+    earlier = assembly.earlier
+    if reads is None and earlier is not None and not earlier.captured:
+        reads = "as when the run began"
     if reads is not None:
         record(Fallback(_NO_GRAPH, reads))
         return trainer
-    _choose_products(assembly.buckets, trainer.model)
+    _choose_products(assembly.buckets, trainer.model, earlier.products if earlier else {})
     try:
         captured = CapturedStep(
             trainer.step,
@@ -215,27 +248,46 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
         reason = str(error).split("\n")[0]
         record(Fallback(_NO_GRAPH, reason))
         return trainer
-    tokens = ", ".join(f"{bucket.tokens:,}" for bucket in assembly.buckets)
-    record(
-        Choice(
-            "buckets",
-            None,
-            [bucket.tokens for bucket in assembly.buckets],
-            f"one CUDA graph of the whole step for batches of up to {tokens} tokens",
-        )
-    )
+    record(Choice("captured", None, True, _WHY_CAPTURED))
     return replace(trainer, take_step=captured)
 
 
-def _choose_products(buckets: Sequence[Bucket], model: QLoRAModel) -> None:
-    """Find the faster library for each product of the buckets' sizes, once on a machine."""
+def strategy(assembly: Assembly, trainer: Trainer) -> Strategy:
+    """How the steps of this run are made."""
+    fused, device = trainer.model.fused, assembly.device
+    kernels = trainer.model.kernels if fused is None else fused.kernels
+    joined = [] if fused is None else fused.joined
+    return Strategy(
+        device=device.name,
+        versions=versions_here(),
+        recomputed_layers=assembly.resolved.recomputed_layers,
+        copied_layers=assembly.resolved.copied_layers,
+        kernels=kernel_names(kernels or _kernels(device, assembly.earlier)[0]),
+        products={
+            product_name(one, tokens, backward): library
+            for one in joined
+            for (tokens, backward), library in one.libraries.items()
+        },
+        buckets=assembly.buckets,
+        captured=trainer.captured,
+        deterministic=assembly.recipe.training.deterministic,
+    )
+
+
+def _choose_products(buckets: Sequence[Bucket], model: QLoRAModel, earlier: dict[str, str]) -> None:
+    """Find the faster library for each product of the buckets' sizes, once on a machine.
+
+    ``earlier`` are those that the run began with.
+    """
     if model.fused is None:
         return
     folder = Path(os.environ.get(CACHE_VARIABLE, ""))
     known = read_choices(folder)
-    chosen = choose_libraries(model.fused, [bucket.tokens for bucket in buckets], known)
-    if chosen != known:
-        write_choices(folder, chosen)
+    tokens = [bucket.tokens for bucket in buckets]
+    chosen = choose_libraries(model.fused, tokens, {**known, **earlier})
+    found = {name: library for name, library in chosen.items() if name not in earlier}
+    if not found.items() <= known.items():
+        write_choices(folder, found)
 
 
 def _dropout_on_device(model: QLoRAModel, kernels: Kernels) -> Kernel | None:

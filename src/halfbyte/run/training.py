@@ -32,7 +32,7 @@ from halfbyte.run.interrupt import StopRequest
 from halfbyte.run.outcome import Run
 from halfbyte.run.record import RunRecord
 from halfbyte.run.resume import Resumed, open_resumed
-from halfbyte.run.setup import Trainer, capture, load_model, make_trainer
+from halfbyte.run.setup import Trainer, capture, load_model, make_trainer, strategy
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
 
@@ -95,7 +95,13 @@ def train(
                 resumed_from=resumed.state.step if resumed else None,
             )
         )
-        assembly = assemble(recipe, record, recipe_folder=recipe_folder, tell=resumed is None)
+        assembly = assemble(
+            recipe,
+            record,
+            recipe_folder=recipe_folder,
+            tell=resumed is None,
+            earlier=resumed.strategy if resumed else None,
+        )
         with _same_bits(assembly), _own_stream(assembly):
             trainer = _prepare(assembly, record, resumed)
             check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
@@ -104,6 +110,8 @@ def train(
                 (folder / "recipe.yaml").write_text(dump_recipe(assembly.recipe), encoding="utf-8")
                 text = asked if asked is not None else dump_recipe(recipe)
                 (folder / "recipe.asked.yaml").write_text(text, encoding="utf-8")
+            if assembly.earlier is None:
+                strategy(assembly, trainer).write(folder)
             record.open(folder)
             point_latest(folder, runs)
             return _run(assembly, trainer, record, folder, began, resumed)
@@ -140,8 +148,9 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
             assembly.recipe,
             assembly.source,
             assembly.device,
-            keep_copy=assembly.resolved.keep_copy,
+            copied_layers=assembly.resolved.copied_layers,
             record=record,
+            earlier=assembly.earlier,
         )
     record(loaded)
     trainer = make_trainer(assembly, model)

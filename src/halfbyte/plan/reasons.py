@@ -1,0 +1,57 @@
+"""Why steps are made in the way that was chosen, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from halfbyte.plan.strategy import Way, gigabytes
+
+
+def recompute_reason(way: Way, found: Sequence[Way], fits: bool, of: str) -> tuple[bool, str]:
+    """Whether layers are recomputed, and why; ``found`` are all ways, ``of`` what there is."""
+    alike = [w for w in found if w.batch_size == way.batch_size]
+    none = min((w for w in alike if not w.checkpointing), key=_needs)
+    every = min((w for w in alike if w.recomputed_layers == w.layers), key=_needs)
+    if not way.checkpointing:
+        return False, (
+            f"all activations fit: about {gigabytes(way.memory.total)} of {of}; recomputing "
+            f"would save {gigabytes(none.memory.total - every.memory.total)} and cost time"
+        )
+    if not fits:
+        return True, "memory is short, and recomputing needs the least"
+    if way.recomputed_layers < way.layers:
+        return True, (
+            f"{way.recomputed_layers} of {way.layers} layers are recomputed: keeping all "
+            f"activations would need at least {gigabytes(none.memory.total)} and there are {of}"
+        )
+    return True, (
+        f"keeping all activations would need about {gigabytes(none.memory.total)} and there are "
+        f"{of}; recomputing needs {gigabytes(way.memory.total)}"
+    )
+
+
+def _needs(way: Way) -> int:
+    return way.memory.total
+
+
+def copies(way: Way) -> str:
+    """Of which layers dequantized copies are kept."""
+    if way.copied_layers in (0, way.layers):
+        return "all layers" if way.copied_layers else "none"
+    return f"{way.copied_layers} of {way.layers} layers"
+
+
+def copy_reason(way: Way, of: str) -> str:
+    """Why of so many."""
+    size = gigabytes(way.memory.copy)
+    if way.copied_layers == way.layers:
+        return (
+            f"a dequantized copy of the weights ({size}) fits and saves dequantizing them in every "
+            "pass; the numbers are the same"
+        )
+    if way.copied_layers:
+        return (
+            f"dequantized copies of so many ({size}) fit into {of} and save dequantizing them in "
+            "every pass; the numbers are the same"
+        )
+    return f"dequantized copies of the weights would take memory that the step needs more, of {of}"
