@@ -4,8 +4,7 @@
 
 Runs recipes/tinyllama-chatdoctor.yaml as it stands for so many steps, then again, and with
 variations: the weights dequantized once and nothing recomputed, and fp16 with loss scaling. Prints
-milliseconds a step, peak memory, and whether the two equal runs gave equal losses. This is the
-eager step, before anything is done for a GPU's speed.
+milliseconds a step, peak memory, and whether the two equal runs gave equal losses.
 """
 
 from __future__ import annotations
