@@ -177,8 +177,9 @@ class Step(Event):
     tokens: int
     labels: int
     seconds: float
-    memory_bytes: int  # device memory in use, or resident memory of the process on a CPU
+    memory_bytes: int  # peak of the device memory in use; resident memory of the process on a CPU
     skipped: bool = False  # no update: the gradient was not finite
+    reserved_bytes: int | None = None  # peak of what PyTorch had taken of a GPU's memory
 
 
 @dataclass(frozen=True)

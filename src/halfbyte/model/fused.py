@@ -95,6 +95,10 @@ class FusedNetwork:
         for number, layer in enumerate(self.layers):
             layer.recompute = number < count
 
+    @property
+    def recomputed_layers(self) -> int:
+        return sum(layer.recompute for layer in self.layers)
+
     @torch.no_grad()
     def kept_bytes(self, batch: Batch) -> int:
         """Bytes that the layers keep of a forward pass over ``batch`` for the backward pass.

@@ -112,6 +112,7 @@ def _speed(story: Story) -> list[Block]:
     tokens, seconds = sum(s.tokens for s in story.steps), sum(s.seconds for s in story.steps)
     slowest = max(story.steps, key=lambda s: s.seconds)
     peak = max(s.memory_bytes for s in story.steps)
+    reserved = max((s.reserved_bytes or 0 for s in story.steps), default=0)
     blocks.append(
         Facts(
             [
@@ -124,6 +125,7 @@ def _speed(story: Story) -> list[Block]:
                     f"{figures.duration(slowest.seconds)} (step {figures.count(slowest.step)})",
                 ),
                 ("memory in use, highest", figures.gib(peak)),
+                *([("memory taken for it, highest", figures.gib(reserved))] if reserved else []),
             ]
         )
     )

@@ -45,6 +45,42 @@ def techniques(
 def _checkpointing(
     on: bool, model: QLoRAModel, rows: Sequence[TokenizedRow], batch: Batch
 ) -> Technique:
+    whole, recomputed, now = _kept(on, model, rows, batch)
+    figures = {
+        "tokens": float(len(batch.input_ids)),
+        "bytes kept without": whole,
+        "bytes kept with": recomputed,
+        "bytes saved": whole - now,
+    }
+    tokens = f"{len(batch.input_ids):,} tokens"
+    if now < whole:
+        which = "Each layer was"
+        if model.fused is not None and now > recomputed:
+            count, layers = model.fused.recomputed_layers, len(model.fused.layers)
+            which = f"{count} of {layers} layers were"
+        text = (
+            f"{which} computed again in the backward pass, so that a batch of {tokens} kept "
+            f"{now / 1e6:,.0f} MB and not {whole / 1e6:,.0f} MB."
+        )
+    else:
+        text = (
+            f"Off: a batch of {tokens} keeps {whole / 1e6:,.0f} MB, which fits; recomputing would "
+            f"have saved {(whole - recomputed) / 1e6:,.0f} MB and cost a third more time."
+        )
+    return Technique("gradient checkpointing", now < whole, text, figures)
+
+
+def _kept(
+    on: bool, model: QLoRAModel, rows: Sequence[TokenizedRow], batch: Batch
+) -> tuple[float, float, float]:
+    """Bytes that ``batch`` keeps with no layer recomputed, with all, and as the run does it."""
+    if model.fused is not None:
+        fused = model.fused
+        count, found = fused.recomputed_layers, []
+        for recomputed in (0, len(fused.layers), count):
+            fused.recompute_layers(recomputed)
+            found.append(float(fused.kept_bytes(batch)))
+        return found[0], found[1], found[2]
     # Counted on the shortest row, then scaled by positions, padding included: what is kept grows
     # with them, and a batch kept whole without recomputing might not fit, hence it may be on.
     short = make_batch([min(rows, key=len)])
@@ -53,27 +89,8 @@ def _checkpointing(
     model.use_gradient_checkpointing(True)
     recomputed = saved_bytes(model, short)
     model.use_gradient_checkpointing(on)
-    positions = len(batch.input_ids)
-    per_token = positions / len(short.input_ids)
-    saved = int((whole - recomputed) * per_token)
-    figures = {
-        "tokens": float(positions),
-        "bytes kept without": whole * per_token,
-        "bytes kept with": recomputed * per_token,
-        "bytes saved": float(saved) if on else 0.0,
-    }
-    tokens = f"{positions:,} tokens"
-    if on:
-        text = (
-            f"Each layer was computed again in the backward pass, so that a batch of {tokens} kept "
-            f"{recomputed * per_token / 1e6:,.0f} MB and not {whole * per_token / 1e6:,.0f} MB."
-        )
-    else:
-        text = (
-            f"Off: a batch of {tokens} keeps {whole * per_token / 1e6:,.0f} MB, which fits; "
-            f"recomputing would have saved {saved / 1e6:,.0f} MB and cost a third more time."
-        )
-    return Technique("gradient checkpointing", on, text, figures)
+    scale = len(batch.input_ids) / len(short.input_ids)
+    return whole * scale, recomputed * scale, (recomputed if on else whole) * scale
 
 
 def _precision(recipe: Recipe, model: QLoRAModel, choices: Sequence[Choice]) -> Technique:
@@ -82,7 +99,11 @@ def _precision(recipe: Recipe, model: QLoRAModel, choices: Sequence[Choice]) -> 
     mixed = recipe.precision != "fp32"
     text = f"Products in {_WORDS[str(recipe.precision)]}"
     if mixed:
-        text += f"; the adapter in fp32, norms and embeddings in {str(rest).removeprefix('torch.')}"
+        stored = model.network.get_input_embeddings().weight.dtype
+        wide, narrow = (str(dtype).removeprefix("torch.") for dtype in (rest, stored))
+        text += f"; the adapter in fp32, norms and embeddings in {wide}"
+        if stored != rest:
+            text += f" (embeddings kept in the {narrow} that they are stored in: the same numbers)"
     return Technique("mixed precision", mixed, f"{text}{': ' + reason if reason else ''}.")
 
 

@@ -68,6 +68,7 @@ class Watch:
         """Emit the step's event. Raises DivergenceError where training cannot go on."""
         # A step that makes no update does not advance the schedule.
         learning_rate = self._rates[step.number - 1 - self.skipped.count]
+        in_use, reserved = self._memory()
         self.record(
             Step(
                 step=step.number,
@@ -78,8 +79,9 @@ class Watch:
                 tokens=step.tokens,
                 labels=step.labels,
                 seconds=step.seconds,
-                memory_bytes=self._memory(),
+                memory_bytes=in_use,
                 skipped=not step.updated,
+                reserved_bytes=reserved,
             )
         )
         reason = self.skipped.note(step)
@@ -165,7 +167,9 @@ class Watch:
         self.record(Evaluated(step, what, found.loss, found.labels, found.rows, seconds()))
         return found.loss
 
-    def _memory(self) -> int:
+    def _memory(self) -> tuple[int, int | None]:
+        """Bytes in use, and on a GPU those that PyTorch has taken for it, both at their peak."""
         if self.assembly.device.kind == "cuda":
-            return int(torch.cuda.max_memory_allocated())
-        return int(self._process.memory_info().rss)
+            stats = torch.cuda.memory_stats()
+            return int(stats["allocated_bytes.all.peak"]), int(stats["reserved_bytes.all.peak"])
+        return int(self._process.memory_info().rss), None
