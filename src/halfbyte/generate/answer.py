@@ -45,13 +45,15 @@ def answer(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     on_text: Callable[[int, str], None] | None = None,
+    on_fallback: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     """An answer to each of ``prompts``, in their order; greedy unless a temperature is given.
 
     ``network`` is a transformers causal LM, whatever its attention (it is given back as it was),
     and ``prompts`` are rendered whole, up to where the answer begins. Prompts are answered
     together in batches. The same ``seed`` gives the same answers; prompt i draws from ``seed + i``.
-    ``on_text(i, piece)`` hears the text of prompt i as it comes, in complete characters.
+    ``on_text(i, piece)`` hears the text of prompt i as it comes, in complete characters;
+    ``on_fallback(reason)`` hears why tokens are not made by a CUDA graph where they would be.
 
     A prompt too long for the model loses its beginning (but not the beginning-of-sequence token),
     which ``Answer.prompt_cut`` tells. Raises ValueError for a setting out of range and for a
@@ -78,6 +80,7 @@ def answer(
                 ends=ends,
                 sampling=sampling,
                 seeds=[seed + row for row in rows],
+                on_fallback=on_fallback,
             )
             with closing(steps):
                 for tokens in steps:

@@ -17,6 +17,7 @@ from halfbyte.events.types import (
     Artifact,
     Checked,
     Evaluated,
+    Fallback,
     Kept,
     ModelLoaded,
 )
@@ -129,6 +130,7 @@ def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> 
     drawn = sorted(generator.choice(len(data.held_out_rows), count, replace=False).tolist())
     tokenizer, template = assembly.source.tokenizer, data.template
     prompts = [template.prompt(data.held_out_rows[i]) for i in drawn]
+    eager: set[str] = set()
     for when in ("before", "after"):
         with trainer.model.adapter_on(when == "after"):
             answers = answer(
@@ -136,6 +138,7 @@ def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> 
                 tokenizer,
                 prompts,
                 max_new_tokens=recipe.evaluation.max_new_tokens,
+                on_fallback=eager.add,
             )
         for i, given in zip(drawn, answers, strict=True):
             row = data.held_out_rows[i]
@@ -150,3 +153,5 @@ def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> 
                     seconds=given.seconds,
                 )
             )
+    for reason in sorted(eager):
+        record(Fallback("answers launched kernel by kernel, in place of a CUDA graph", reason))
