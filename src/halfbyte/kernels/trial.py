@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import torch
 
-from halfbyte.kernels import attention_efficient, choice
+from halfbyte.kernels import choice
 from halfbyte.kernels.choice import PLAIN, Kernels
 from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, trial_tasks
 
@@ -224,20 +224,26 @@ def start_trial(spec: TrialSpec, folder: Path, *, workers: int) -> Trial:
     return Trial(spec, folder, workers=workers)
 
 
-def without(kernels: Kernels, replaced: Sequence[str]) -> Kernels:
-    """``kernels`` with the reference, or what comes closest to it in speed, for each name.
+def without(kernels: Kernels, tried: Kernels, replaced: Collection[str]) -> Kernels:
+    """``kernels`` with something else for each that is named and is the one that was ``tried``.
 
-    The two passes of attention stay together, since what one leaves the other reads.
+    That is its reference, or for Triton's attention what comes closest to it in speed. The two
+    passes of attention stay together, since what one leaves the other reads.
     """
     changes: dict[str, Any] = {}
-    for name in replaced:
+    for name in in_use(kernels, tried, replaced):
         if name not in _ATTENTION:
             changes[name] = getattr(PLAIN, name)
-        elif kernels.attention is attention_efficient.attention:
+        elif kernels.attention is choice.ELEMENTWISE.attention:
             changes |= {part: getattr(PLAIN, part) for part in _ATTENTION}
         else:
             changes |= {part: getattr(choice.ELEMENTWISE, part) for part in _ATTENTION}
     return replace(kernels, **changes)
+
+
+def in_use(kernels: Kernels, tried: Kernels, names: Collection[str]) -> list[str]:
+    """Those of ``names`` under which ``kernels`` has what was ``tried``."""
+    return [name for name in names if getattr(kernels, name) is getattr(tried, name)]
 
 
 class _Worker:

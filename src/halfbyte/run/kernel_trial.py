@@ -13,9 +13,9 @@ from halfbyte.evaluate.held_out import TOKENS_AT_ONCE, groups_of
 from halfbyte.events.types import Fallback
 from halfbyte.kernels import triton_shim
 from halfbyte.kernels.cache import cache_name, use_cache
-from halfbyte.kernels.choice import ALL, ELEMENTWISE, Kernels, choose_kernels
-from halfbyte.kernels.trial import Trial, start_trial, without
-from halfbyte.kernels.trial_spec import BatchShape, GroupShape, TrialSpec
+from halfbyte.kernels.choice import ALL, Kernels, choose_kernels
+from halfbyte.kernels.trial import Trial, in_use, start_trial, without
+from halfbyte.kernels.trial_spec import SETS, BatchShape, GroupShape, TrialSpec
 from halfbyte.model.fusable import ACTIVATIONS
 from halfbyte.model.lora import choose_targets
 from halfbyte.optim.flat import BLOCK, MIN_8BIT_SIZE
@@ -64,16 +64,18 @@ def passed(trial: Trial | None, kernels: Kernels, record: RunRecord) -> Kernels:
     """``kernels`` without those that the trial has found wanting, each of which is told of."""
     if trial is None:
         return kernels
-    outcome = trial.finish()
-    for name, reason in outcome.replaced.items():
-        other = "memory-efficient attention" if name.startswith("attention") else "PyTorch's own"
-        record(Fallback(f"{other} in place of the kernel {name}", reason))
+    tried, outcome = SETS[trial.spec.kernels], trial.finish()
+    for name in in_use(kernels, tried, outcome.replaced):
+        other = "PyTorch's own operations"
+        if name.startswith("attention") and kernels.attention is ALL.attention:
+            other = "memory-efficient attention"
+        record(Fallback(f"{other} in place of the kernel {name}", outcome.replaced[name]))
     by_reason: dict[str, list[str]] = {}
-    for name, reason in outcome.untried.items():
-        by_reason.setdefault(reason, []).append(name)
+    for name in in_use(kernels, tried, outcome.untried):
+        by_reason.setdefault(outcome.untried[name], []).append(name)
     for reason, names in by_reason.items():
         record(Fallback(f"kernels used without a trial: {', '.join(names)}", reason))
-    return without(kernels, list(outcome.replaced))
+    return without(kernels, tried, outcome.replaced)
 
 
 def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
@@ -83,9 +85,9 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
     """
     recipe, training = assembly.recipe, assembly.recipe.training
     kernels, _ = choose_kernels(assembly.device.capability)
-    sets = {id(ALL): "all", id(ELEMENTWISE): "element-wise"}
+    name = next((name for name, found in SETS.items() if found is kernels), None)
     config = assembly.source.config.get_text_config()
-    if id(kernels) not in sets or config.model_type not in FAMILIES:
+    if name is None or config.model_type not in FAMILIES:
         return None
     if config.hidden_act not in ACTIVATIONS or assembly.buckets is None:
         return None
@@ -98,7 +100,7 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
     heads, kv_heads, head_dim = _heads(config)
     return TrialSpec(
         device=device,
-        kernels=sets[id(kernels)],
+        kernels=name,
         compute_dtype=compute,
         stream_dtype="float32" if recipe.quantization.upcast_rest else compute,
         hidden=config.hidden_size,
