@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import triton_interpreter  # noqa: F401
 
 # isort: split
-from kernel_trial_case import small_spec
-
 from halfbyte.kernels import trial_spec
 from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN
 from halfbyte.kernels.trial import Outcome, Trial, without
 from halfbyte.kernels.trial_base import WrongResultError
 from halfbyte.kernels.trial_cases import run_case
 from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, kernels_tried, trial_tasks
+from kernel_trial_case import small_spec
 
 SPEC = small_spec()
 TESTS = Path(__file__).parent

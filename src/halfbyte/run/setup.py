@@ -25,6 +25,7 @@ from halfbyte.engine.step import TrainStep
 from halfbyte.events.types import Choice, Fallback, ModelLoaded
 from halfbyte.kernels.cache import VARIABLE as CACHE_VARIABLE
 from halfbyte.kernels.choice import PLAIN, Kernel, Kernels, choose_kernels
+from halfbyte.kernels.trial import Trial
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
@@ -38,6 +39,7 @@ from halfbyte.plan.device import Device
 from halfbyte.quant.joined import FlatAdapter
 from halfbyte.recipe import Recipe
 from halfbyte.run.assembly import Assembly
+from halfbyte.run.kernel_trial import passed
 from halfbyte.run.record import RunRecord
 from halfbyte.run.strategy import Strategy, kernel_names, kernels_named, versions_here
 
@@ -106,13 +108,14 @@ def load_model(
     copied_layers: int | None = None,
     record: RunRecord | None = None,
     earlier: Strategy | None = None,
+    trial: Trial | None = None,
 ) -> tuple[QLoRAModel, ModelLoaded]:
     """Quantize the base as it is read and attach a fresh adapter.
 
     ``recipe`` is effective. The linear layers of the first ``copied_layers`` (by default of all)
     also keep their weights dequantized. With a ``record`` the model is to be trained: on a GPU its
     layers are fused if they can be, and the record hears how that was decided; ``earlier`` says
-    with which kernels the run began.
+    with which kernels the run began, and ``trial`` which of them work here.
     """
     compute_dtype = DTYPES[str(recipe.precision)]
     rest_dtype = torch.float32 if recipe.quantization.upcast_rest else compute_dtype
@@ -140,7 +143,7 @@ def load_model(
         layer.lora_B.requires_grad_(True)
     model = QLoRAModel(loaded.model, lora, compute_dtype)
     if record is not None and device.kind == "cuda":
-        _fuse(model, device, record, earlier)
+        _fuse(model, device, record, earlier, trial)
     copied = 0
     if model.fused is not None:
         copied = model.fused.keep_copies(copied_layers)
@@ -173,9 +176,16 @@ def _kernels(device: Device, earlier: Strategy | None) -> tuple[Kernels, str]:
     return before or kernels, words
 
 
-def _fuse(model: QLoRAModel, device: Device, record: RunRecord, earlier: Strategy | None) -> None:
+def _fuse(
+    model: QLoRAModel,
+    device: Device,
+    record: RunRecord,
+    earlier: Strategy | None,
+    trial: Trial | None,
+) -> None:
     """Give ``model`` fused layers, or at least kernels for its own; say why where not."""
     kernels, words = _kernels(device, earlier)
+    kernels = passed(trial, kernels, record)
     try:
         model.fused = FusedNetwork(model.network, model.head, model.compute_dtype, kernels)
     except NotFusedError as error:
@@ -195,6 +205,7 @@ def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
     recipe, training = assembly.recipe, assembly.recipe.training
     parameters = flatten_parameters(model.lora_parameters())
     kernels, _ = _kernels(assembly.device, assembly.earlier)
+    kernels = model.kernels or kernels
     if model.fused is not None:
         kernels = model.fused.kernels
         shadow = parameters.data.to(model.compute_dtype)

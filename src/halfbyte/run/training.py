@@ -13,11 +13,18 @@ import torch
 import halfbyte
 from halfbyte.errors import DivergenceError, HalfbyteError, RunError
 from halfbyte.events import Emit
-from halfbyte.events.types import Finished, Interrupted, RunStarted, StopAsked, TrainingStarted
+from halfbyte.events.types import (
+    Finished,
+    Interrupted,
+    RunStarted,
+    StopAsked,
+    TrainingStarted,
+    Warned,
+)
 from halfbyte.loop.steps import run_steps
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
-from halfbyte.run.assembly import Assembly, assemble, with_max_steps
+from halfbyte.run.assembly import DECIDED_ANEW, Assembly, assemble, with_max_steps
 from halfbyte.run.determinism import deterministic
 from halfbyte.run.ending import end_run
 from halfbyte.run.folder import (
@@ -29,10 +36,12 @@ from halfbyte.run.folder import (
     point_latest,
 )
 from halfbyte.run.interrupt import StopRequest
+from halfbyte.run.kernel_trial import kernel_trial
 from halfbyte.run.outcome import Run
 from halfbyte.run.record import RunRecord
 from halfbyte.run.resume import Resumed, open_resumed
 from halfbyte.run.setup import Trainer, capture, load_model, make_trainer, strategy
+from halfbyte.run.strategy import FILE_NAME as STRATEGY_FILE
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
 
@@ -95,6 +104,8 @@ def train(
                 resumed_from=resumed.state.step if resumed else None,
             )
         )
+        if resumed is not None and resumed.strategy is None:
+            record(Warned(f"{folder / STRATEGY_FILE} cannot be read: {DECIDED_ANEW}"))
         assembly = assemble(
             recipe,
             record,
@@ -143,7 +154,7 @@ def _own_stream(assembly: Assembly) -> AbstractContextManager[Any]:
 
 def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> Trainer:
     """Everything in memory that step 1 (or the step after a checkpoint's) needs."""
-    with record.phase("quantize"):
+    with kernel_trial(assembly, record) as trial, record.phase("quantize"):
         model, loaded = load_model(
             assembly.recipe,
             assembly.source,
@@ -151,6 +162,7 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
             copied_layers=assembly.resolved.copied_layers,
             record=record,
             earlier=assembly.earlier,
+            trial=trial,
         )
     record(loaded)
     trainer = make_trainer(assembly, model)
