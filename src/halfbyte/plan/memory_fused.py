@@ -68,6 +68,9 @@ class FusedMemory:
         self.weights = weight_bytes(shape, setup) + head_copy(shape, setup)
         self.adapter = (8 + c) * shape.trainable(setup.r, setup.target_modules)
         self.optimizer = optimizer_bytes(shape, setup)
+        # What stands between layers and the loss, of a token: the stream before the last norm and
+        # the hidden states after it; in a layer the stream or its gradient, in both types.
+        self._ends = (setup.rest + c) * shape.hidden
         # Of the first n layers, for each n.
         self._recomputed = _sums(layer.recomputed for layer in self.layers)
         self._whole = _sums(layer.whole for layer in self.layers)
@@ -84,22 +87,10 @@ class FusedMemory:
 
         The first ``recomputed`` layers are recomputed, of the first ``copied`` a copy is kept.
         """
-        setup, layers = self.setup, len(self.layers)
-        stream, hidden = setup.rest * self.shape.hidden, setup.compute * self.shape.hidden
-        kept = tokens * self.kept_per_token(recomputed)
-        # The stream before the last norm, and the hidden states after it.
-        activations = kept + tokens * (stream + hidden)
+        activations = tokens * (self.kept_per_token(recomputed) + self._ends)
         loss = self._loss(tokens, labels)
-        peak = activations + loss
-        for number in {layers, recomputed} - {0}:
-            layer = self.layers[number - 1]
-            before = self.kept_per_token(recomputed, number - 1) + layer.whole
-            peak = max(
-                peak,
-                tokens * (before + layer.forward + stream + hidden),
-                tokens * (before + layer.backward + stream + hidden),
-            )
-        scratch = 0 if copied == layers else max(layer.copy for layer in self.layers)
+        peak = self.peak(tokens, labels, recomputed)
+        scratch = 0 if copied == len(self.layers) else max(layer.copy for layer in self.layers)
         lasting = self.weights + self._copies[copied] + self.adapter + self.optimizer + scratch
         allocator = int((lasting + peak) * ALLOCATOR_SHARE)
         return StepMemory(
@@ -111,6 +102,15 @@ class FusedMemory:
             loss=loss,
             working=scratch + peak - activations - loss + WORKSPACE_BYTES + allocator,
         )
+
+    def peak(self, tokens: int, labels: int, recomputed: int) -> int:
+        """The most that a step's own tensors take, at whichever moment it is."""
+        found = tokens * (self.kept_per_token(recomputed) + self._ends) + self._loss(tokens, labels)
+        for number in {len(self.layers), recomputed} - {0}:
+            layer = self.layers[number - 1]
+            kept = self.kept_per_token(recomputed, number - 1) + layer.whole + self._ends
+            found = max(found, tokens * (kept + max(layer.forward, layer.backward)))
+        return found
 
     def most_copies(self, tokens: int, labels: int, recomputed: int, limit: int) -> int:
         """Of how many layers a copy can be kept within ``limit`` bytes; 0 where nothing fits."""
