@@ -42,7 +42,6 @@ from halfbyte.run.record import RunRecord
 from halfbyte.run.resume import Resumed, open_resumed
 from halfbyte.run.setup import Trainer, capture, load_model, make_trainer, strategy
 from halfbyte.run.strategy import FILE_NAME as STRATEGY_FILE
-from halfbyte.run.strategy import FILE_NAME as STRATEGY_FILE
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
 
@@ -105,8 +104,6 @@ def train(
                 resumed_from=resumed.state.step if resumed else None,
             )
         )
-        if resumed is not None and resumed.strategy is None:
-            record(Warned(f"{folder / STRATEGY_FILE} cannot be read: {DECIDED_ANEW}"))
         if resumed is not None and resumed.strategy is None:
             record(Warned(f"{folder / STRATEGY_FILE} cannot be read: {DECIDED_ANEW}"))
         assembly = assemble(
