@@ -367,7 +367,7 @@ def test_a_recipe_that_recomputes_does_so_in_all_layers_and_copies_what_fits() -
 def test_too_little_memory_is_told_in_the_recipes_words() -> None:
     found = resolved("training: {batch_size: 4, gradient_checkpointing: true}\n", 0.5)
     (warning,) = found.warnings
-    assert "(the 0.5 GB that the recipe allows)" in warning
+    assert "(the 0.5 GB that the recipe allows, " in warning
     assert "--set training.batch_size=1" in warning
 
 

@@ -51,7 +51,7 @@ def copy_reason(way: Way, of: str) -> str:
         )
     if way.copied_layers:
         return (
-            f"dequantized copies of so many ({size}) fit into {of} and save dequantizing them in "
-            "every pass; the numbers are the same"
+            f"as many dequantized copies as fit ({size}), of {of}; they save dequantizing these "
+            "weights in every pass, and the numbers are the same"
         )
     return f"dequantized copies of the weights would take memory that the step needs more, of {of}"

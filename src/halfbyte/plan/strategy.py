@@ -63,12 +63,13 @@ def budget(device: Device, limit_gb: float | None = None) -> Budget:
     the same way twice on one machine; unless other programs hold more than half of it.
     """
     if limit_gb is not None:
-        allowed = limit_gb * 1e9
+        allowed, words = limit_gb * 1e9, f"the {limit_gb:g} GB that the recipe allows"
         if device.kind == "cuda":
             # The limit is the process's. On an H100 cuBLAS, the kernels' code and the graphs take
             # about this much, and the allocator holds on to more than is in use.
             allowed = max(0.0, allowed / ALLOCATOR_SLACK - LIBRARY_BYTES)
-        return Budget(int(allowed), f"the {limit_gb:g} GB that the recipe allows")
+            words += f", {gigabytes(allowed)} of it for tensors"
+        return Budget(int(allowed), words)
     share = 0.9 if device.kind == "cuda" else 0.7
     of = "the GPU's memory" if device.kind == "cuda" else "main memory"
     if 2 * device.free_bytes < device.memory_bytes:
