@@ -42,6 +42,7 @@ from halfbyte.quant.joined import FlatAdapter
 from halfbyte.quant.linear import QLoRALinear
 from halfbyte.quant.nf4 import quantize_nf4
 from halfbyte.recipe.load import parse_recipe
+from halfbyte.run.techniques import techniques
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -69,7 +70,13 @@ H100 = Device("cuda", "NVIDIA H100", 85_000_000_000, 84_000_000_000, (9, 0), Tru
 
 
 def fused(family: str, made: Setup, kernels: Kernels = PLAIN) -> FusedNetwork:
-    """A network with random weights and its adapters, not yet with its weights anywhere."""
+    """A network with random weights and its adapters, copies of all weights kept."""
+    found = fused_model(family, made, kernels).fused
+    assert found is not None
+    return found
+
+
+def fused_model(family: str, made: Setup, kernels: Kernels = PLAIN) -> QLoRAModel:
     model_class, config = FAMILIES[family]
     torch.manual_seed(0)
     compute = TYPES[made.precision]
@@ -96,7 +103,8 @@ def fused(family: str, made: Setup, kernels: Kernels = PLAIN) -> FusedNetwork:
     offsets = {layer: (at[f"{n}.lora_A"], at[f"{n}.lora_B"]) for n, layer in lora.items()}
     found.keep_copies()
     found.attach(FlatAdapter(flat.data, flat.grad, flat.data.to(compute, copy=True), offsets))
-    return found
+    model.fused = found
+    return model
 
 
 def setup(precision: str, upcast: bool, targets: str, r: int = 8) -> Setup:
@@ -131,6 +139,32 @@ def test_what_layers_keep_is_known_to_the_byte(
         network.recompute_layers(recomputed)
         tokens = len(batch.input_ids)
         assert network.kept_bytes(batch) == tokens * planned.kept_per_token(recomputed)
+
+
+@pytest.mark.parametrize("recomputed", [0, 3, 4])
+def test_the_report_says_what_the_layers_of_the_run_keep(recomputed: int) -> None:
+    made = setup("fp32", True, "attention")
+    model, batch = fused_model("llama", made), batch_of(17, 30, 5)
+    assert model.fused is not None
+    model.fused.recompute_layers(recomputed)
+    recipe = parse_recipe("model: {name: m}\ndata: {path: d}\nprecision: fp32\n", "r.yaml")
+    told = techniques(recipe, model, [], [], batch, 0)[0]
+    planned = FusedMemory(model_shape(FAMILIES["llama"][1]), made)
+    whole, now, least = (52 * planned.kept_per_token(n) for n in (0, recomputed, 4))
+    assert told.figures == {
+        "tokens": 52.0,
+        "bytes kept without": whole,
+        "bytes kept with": least,
+        "bytes saved": whole - now,
+    }
+    assert told.on is (recomputed > 0)
+    begins = {
+        0: "Off: ",
+        3: "3 of 4 layers were computed again",
+        4: "Each layer was computed again",
+    }
+    assert told.text.startswith(begins[recomputed])
+    assert model.fused.recomputed_layers == recomputed
 
 
 @pytest.mark.parametrize("targets", ["all", "some"])
