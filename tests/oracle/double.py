@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.model.causal import QLoRAModel
-from oracle.case import Case, adapter_parameters
+from oracle.case import Case, Trace, adapter_parameters
+from oracle.ours import load, tokenized
 
 
 def double_model(folder: Path, case: Case, model: QLoRAModel) -> Any:
@@ -43,3 +44,32 @@ def mean_loss(peft: Any, rows: Sequence[TokenizedRow]) -> Tensor:
         total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         count += int((labels != -100).sum())
     return total / count
+
+
+def train_double(folder: Path, case: Case, adapter: dict[str, Tensor]) -> Trace:
+    """Train ``case`` in fp64, with PyTorch's AdamW, clipping and transformers' schedule.
+
+    Needs no GPU and is no nearer to one stack's rounding than to another's.
+    """
+    peft = double_model(folder, case, load(folder, case))
+    parameters = adapter_parameters(peft)
+    assert parameters.keys() == adapter.keys()
+    for name, parameter in parameters.items():
+        parameter.data = adapter[name].double()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=case.learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, case.steps)
+    rows = tokenized(folder, case.loss_on)
+    first: dict[str, Tensor] = {}
+    losses = []
+    for number in range(case.steps):
+        at = number * case.rows_per_step
+        loss = mean_loss(peft, [rows[i % len(rows)] for i in range(at, at + case.rows_per_step)])
+        loss.backward()
+        if number == 0:
+            first = {n: p.grad.clone() for n, p in parameters.items()}
+        torch.nn.utils.clip_grad_norm_(parameters.values(), case.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return Trace(first, losses, [], [])

@@ -29,25 +29,29 @@ from oracle.ours import load, tokenized
 
 @dataclass(frozen=True)
 class Way:
-    """How a training is made that is to be the same one."""
+    """How a training is made that is to be the same one; ``keep`` and ``recompute`` as in fuse."""
 
     dtype: torch.dtype = torch.float32
     kernels: Kernels = choice.PLAIN
-    keep: bool = True
-    recompute: bool = False
+    keep: int | None = None
+    recompute: int = 0
     captured: bool = False
     device: str = "cpu"
 
 
-def fuse(model: QLoRAModel, kernels: Kernels, *, keep: bool, recompute: bool) -> FlatParameters:
-    """Give ``model`` fused layers, and all its adapters one memory."""
+def fuse(
+    model: QLoRAModel, kernels: Kernels, *, keep: int | None = None, recompute: int = 0
+) -> FlatParameters:
+    """Give ``model`` fused layers, and all its adapters one memory.
+
+    Of the first ``keep`` layers (all by default) the weights are kept dequantized, the first
+    ``recompute`` layers are made again in the backward pass.
+    """
     flat = flatten_parameters(model.lora_parameters())
     network = FusedNetwork(model.network, model.head, model.compute_dtype, kernels)
-    if keep:
-        network.keep_copies()
-    else:
-        network.use_scratch()
-    network.use_recomputation(recompute)
+    network.keep_copies(keep)
+    network.use_scratch()
+    network.recompute_layers(recompute)
     at = dict(zip(flat.names, flat.offsets, strict=True))
     offsets = {
         layer: (at[f"{name}.lora_A"], at[f"{name}.lora_B"]) for name, layer in model.lora.items()

@@ -48,6 +48,7 @@ class FusedNetwork:
         self.rotary = base.rotary_emb
         self.layers = [_fused_layer(layer, self.config, kernels) for layer in base.layers]
         self.cos = self.sin = torch.empty(0, device=self.device)
+        self._rotations: list[tuple[Tensor, Tensor]] = []
         self.adapter: FlatAdapter | None = None
         self._fold: Any = None
 
@@ -140,7 +141,11 @@ class FusedNetwork:
             self.kernels.fold_b(self._fold)
 
     def prepare(self, positions: int) -> None:
-        """Make the rotations of so many positions; they must be there before a capture."""
+        """Make the rotations of so many positions; they must be there before a capture.
+
+        Earlier ones stay where they are: a captured pass reads those that it was captured with,
+        and an evaluation of longer rows may come after it.
+        """
         if len(self.cos) >= positions:
             return
         like = torch.empty(1, dtype=torch.float32, device=self.device)
@@ -148,6 +153,7 @@ class FusedNetwork:
         cos, sin = self.rotary(like, at)
         half = cos.shape[-1] // 2
         self.cos, self.sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self._rotations.append((self.cos, self.sin))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> Tensor:
