@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, Llama4TextConfig, LlamaConfig
 
 from generation_case import FAMILIES, NEW, PROMPTS, build, oracle, ours
+from halfbyte import Recipe, train
+from halfbyte.events import read_events
+from halfbyte.events.types import Answered, Fallback
 from halfbyte.generate import decoding
 from halfbyte.generate.cached_attention import ready_to_generate
 from halfbyte.generate.captured import StaticStep, contents
@@ -168,6 +171,38 @@ def test_a_step_that_says_something_else_is_not_used(
     assert ours(model, PROMPTS, on_fallback=reasons.append) == oracle(model, PROMPTS)
     assert reasons == ["LlamaForCausalLM says something else with a cache of fixed size"]
     assert len(always) == 1
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_run_says_why_its_answers_are_not_captured(
+    captured: bool,
+    always: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    tiny_rows: Path,
+    tmp_path: Path,
+) -> None:
+    if not captured:
+        monkeypatch.setattr(StaticStep, "_mask", lambda _, seen: torch.ones_like(seen))
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(tiny_model)},
+            "data": {"path": str(tiny_rows), "held_out": 4},
+            "training": {"max_steps": 1},
+            "evaluation": {"prompts": 2, "max_new_tokens": 16, "base_loss": False},
+        }
+    )
+    run = train(recipe, out=tmp_path / "run", runs=tmp_path)
+    events = [record.event for record in read_events(run.folder)]
+    said = [event for event in events if isinstance(event, Fallback) and "answers" in event.what]
+    assert len([event for event in events if isinstance(event, Answered)]) == 4
+    assert always
+    if captured:
+        assert said == []
+    else:
+        assert [event.reason for event in said] == [
+            "LlamaForCausalLM says something else with a cache of fixed size"
+        ]
 
 
 def test_graphs_are_for_many_tokens_on_a_gpu() -> None:
