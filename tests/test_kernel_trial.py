@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN
 from halfbyte.kernels.trial import Outcome, Trial, without
 from halfbyte.kernels.trial_base import WrongResultError
 from halfbyte.kernels.trial_cases import run_case
-from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, kernels_tried, trial_tasks
+from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, trial_tasks
 from kernel_trial_case import small_spec
 
 SPEC = small_spec()
@@ -64,7 +66,7 @@ def test_all_well_leaves_a_mark_and_no_second_trial(
     assert time.perf_counter() - before < 1.0  # no process; some milliseconds
     other = replace(SPEC, hidden=64)
     with Trial(other, tmp_path, workers=2, command=("/nonexistent",)) as trial:
-        assert set(trial.finish().untried) == set(kernels_tried(ALL))
+        assert set(trial.finish().untried) == {kernel_of(task) for task in trial_tasks(SPEC)}
 
 
 def test_mark_is_not_for_other_kernels(
@@ -142,7 +144,7 @@ def test_processes_that_do_not_start_try_nothing(start: Callable[..., Trial]) ->
     with start(start="exit") as trial:
         outcome = trial.finish()
     assert outcome.replaced == {}
-    assert set(outcome.untried) == set(kernels_tried(ALL))
+    assert set(outcome.untried) == {kernel_of(task) for task in trial_tasks(SPEC)}
     assert all("no device" in reason for reason in outcome.untried.values())
 
 
@@ -220,9 +222,71 @@ def test_kernels_pass_in_processes_of_their_own(
         assert trial.finish() == Outcome()
 
 
-def test_the_worker_imports_nothing_that_is_slow() -> None:
-    import subprocess
+WAYS = {
+    "an H100, copies kept": ("90", "keep", {}, {}),
+    "a T4, weights made anew": (
+        *("75", "scratch"),
+        {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 6, "lora_dropout": 0.0},
+        {"optimizer": "adamw", "batch_size": 3, "gradient_accumulation": 1},
+    ),
+}
 
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_compiles_nothing_that_its_trial_has_not(
+    way: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    """Every kernel that training and evaluating launch, as the compiler tells them apart."""
+    import yaml
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    capability, keep, lora, training = WAYS[way]
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.update({"hidden_size": 128, "intermediate_size": 192, "head_dim": 32})
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    recipe = {
+        "model": {"name": str(folder)},
+        "data": {"path": str(tiny_rows), "held_out": 4},
+        "lora": {"r": 4, "lora_dropout": 0.1, **lora},
+        "training": {"batch_size": 2, "gradient_accumulation": 2, "epochs": 2, **training},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "launched_kernels.py"), "recipe.yaml", capability, keep],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["run"]) > 12
+    assert set(found["run"]) - set(found["trial"]) == set()
+
+
+def test_kernels_of_a_t4_compile_for_it() -> None:
+    """Its multiprocessors have 64 KiB of shared memory, and no products that Triton knows."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "compile_trial.py")],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {kernel["kernel"] for kernel in found}
+    assert names == {
+        *("_rms_norm", "_rms_norm_backward", "_rope", "_gated", "_gated_backward", "_fold_b"),
+        *("_nf4_dequantize", "_dropout_keys", "_apply_dropout", "_cross_entropy_rows"),
+        *("_adamw_scalars", "_adamw_8bit", "_adamw_32bit"),
+    }
+    assert max(kernel["shared"] for kernel in found) <= 64 * 1024
+
+
+def test_the_worker_imports_nothing_that_is_slow() -> None:
     code = (
         "import sys, halfbyte.kernels.trial_worker as _;"
         "slow = {'transformers', 'datasets', 'pyarrow', 'pydantic', 'matplotlib', 'rich'};"
