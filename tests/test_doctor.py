@@ -42,6 +42,7 @@ GOOD = Facts(
     torch=CUDA_13,
     packages=[Package("transformers", ">=5.17", "5.23.0", True)],
     triton="3.7.0",
+    c_compiler=True,
     token=True,
     offline=False,
     endpoint="https://hub.example",
@@ -100,6 +101,12 @@ def test_which_build_runs_on_which_card(
     capability: tuple[int, int], built: list[str], expected: bool
 ) -> None:
     assert runs_on(capability, built) is expected
+
+
+@pytest.fixture(autouse=True)
+def triton_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is on the machine that tests or not."""
+    monkeypatch.setattr("halfbyte.kernels.triton_shim.INSTALLED", True)
 
 
 def test_a_good_machine_has_nothing_to_mend() -> None:
@@ -175,6 +182,16 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
         ({"token": False}, "hub", "note", ["not logged in"], ["HF_TOKEN"]),
         ({"reachable": ""}, "network", "ok", ["answers"], []),
         ({"reachable": "timed out"}, "network", "problem", ["timed out"], ["HTTPS_PROXY"]),
+        ({"triton": None}, "kernels", "note", ["not installed"], ["pip install triton"]),
+        ({"c_compiler": False}, "kernels", "problem", ["C compiler"], ["gcc"]),
+        ({"torch": replace(CUDA_13, gpus=[T4])}, "kernels", "ok", ["element-wise", "cuBLAS"], []),
+        (
+            {"torch": replace(CUDA_13, gpus=[replace(T4, capability=(7, 0))])},
+            "kernels",
+            "note",
+            ["PyTorch's own operations", "7.5"],
+            [],
+        ),
         ({"chromium": False}, "report", "note", ["no Chromium"], ["--pdf"]),
         ({"pynvml": False}, "energy", "note", ["energy"], ["nvidia-ml-py"]),
     ],

@@ -11,19 +11,25 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import triton_interpreter  # noqa: F401
 
 # isort: split
+from halfbyte.events.types import Event, Fallback
 from halfbyte.kernels import trial_spec
 from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN
 from halfbyte.kernels.trial import Outcome, Trial, without
 from halfbyte.kernels.trial_base import WrongResultError
 from halfbyte.kernels.trial_cases import run_case
 from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, trial_tasks
+from halfbyte.plan.device import Device
+from halfbyte.run import kernel_trial
+from halfbyte.run.kernel_trial import passed
 from kernel_trial_case import small_spec
 
 SPEC = small_spec()
@@ -172,10 +178,50 @@ def test_what_takes_a_kernels_place() -> None:
     assert without(found := without(ALL, ALL, ["attention"]), ALL, ["attention"]) == found
 
 
+def test_a_run_tells_of_what_it_does_without(start: Callable[..., Trial]) -> None:
+    events: list[Event] = []
+    with start(attention="abort", gated="failed", rope="failed", fold_b="memory") as trial:
+        kernels = passed(trial, ALL, events.append)  # type: ignore[arg-type]
+    assert [event.what for event in events if isinstance(event, Fallback)] == [
+        "memory-efficient attention in place of the kernel attention",
+        "PyTorch's own operations in place of the kernels rope, gated",
+        "kernels used without a trial: fold_b",
+    ]
+    assert kernels == without(ALL, ALL, ["attention", "gated", "rope"])
+    assert passed(None, ALL, events.append) is ALL  # type: ignore[arg-type]
+
+
+def test_a_run_goes_on_where_nothing_can_be_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The whole way of a run on a GPU, whose processes find theirs missing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Absent 99")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
+    monkeypatch.setattr(
+        kernel_trial, "trial_spec", lambda assembly, device: replace(SPEC, device=device)
+    )
+    gpu = Device("cuda", "Absent 99", 1 << 30, 1 << 30, (9, 0), True, 2)
+    events: list[Event] = []
+    with kernel_trial.kernel_trial(
+        SimpleNamespace(device=gpu),  # type: ignore[arg-type]
+        events.append,  # type: ignore[arg-type]
+    ) as trial:
+        assert passed(trial, ALL, events.append) == ALL  # type: ignore[arg-type]
+    (event,) = events
+    assert isinstance(event, Fallback)
+    assert event.what.startswith("kernels used without a trial: attention_backward, attention,")
+    assert "CUDA" in event.reason
+    (folder,) = (tmp_path / "halfbyte").iterdir()
+    assert folder.name.endswith("-sm90-absent-99")
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder)
+    assert list(folder.iterdir()) == []
+
+
 def nothing(*arguments: Any, **how: Any) -> Any:
     """A kernel that does nothing."""
-    import torch
-
     return torch.zeros(())
 
 

@@ -77,6 +77,7 @@ class Facts:
     torch: Torch | str  # or why it cannot be imported
     packages: list[Package]
     triton: str | None
+    c_compiler: bool  # Triton makes what launches its kernels with one
     token: bool
     offline: bool
     endpoint: str
@@ -116,6 +117,7 @@ def gather(*, network: bool = False) -> Facts:
         torch=read_torch(),
         packages=read_packages(),
         triton=_version("triton"),
+        c_compiler=bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang"))),
         token=token,
         offline=offline,
         endpoint=endpoint,

@@ -190,9 +190,21 @@ def _triton(facts: Facts) -> list[Finding]:
     torch = facts.torch
     if isinstance(torch, str) or not torch.usable:
         return []
+    if not torch.gpus:
+        return []
+    from halfbyte.kernels.choice import choose_kernels  # needs the PyTorch that is there
+
     if facts.triton is None:
-        return [Finding("Triton", "note", "not installed; this version of halfbyte needs none")]
-    return [Finding("Triton", "ok", facts.triton)]
+        do = "pip install triton: halfbyte's kernels make a step several times faster."
+        return [Finding("kernels", "note", "Triton is not installed: PyTorch's own are used", do)]
+    if not facts.c_compiler:
+        do = "install gcc, or point CC at another C compiler: Triton needs one to launch kernels."
+        return [Finding("kernels", "problem", f"Triton {facts.triton} finds no C compiler", do)]
+    kernels, words = choose_kernels(torch.gpus[0].capability)
+    if not kernels.adamw:
+        return [Finding("kernels", "note", words)]
+    text = f"{words} (Triton {facts.triton}), each tried before a run uses it"
+    return [Finding("kernels", "ok", text)]
 
 
 def judge_packages(packages: list[Package]) -> list[Finding]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from halfbyte.plan.device import Device
 from halfbyte.quant.joined import extra_columns
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
+
+Key = TypeVar("Key")
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FAMILIES = ("llama", "mistral", "qwen2")  # whose layers can be fused
@@ -65,17 +67,30 @@ def passed(trial: Trial | None, kernels: Kernels, record: RunRecord) -> Kernels:
     if trial is None:
         return kernels
     tried, outcome = SETS[trial.spec.kernels], trial.finish()
-    for name in in_use(kernels, tried, outcome.replaced):
-        other = "PyTorch's own operations"
-        if name.startswith("attention") and kernels.attention is ALL.attention:
-            other = "memory-efficient attention"
-        record(Fallback(f"{other} in place of the kernel {name}", outcome.replaced[name]))
-    by_reason: dict[str, list[str]] = {}
-    for name in in_use(kernels, tried, outcome.untried):
-        by_reason.setdefault(outcome.untried[name], []).append(name)
-    for reason, names in by_reason.items():
+    for (other, reason), names in _alike(
+        (
+            ("memory-efficient attention", outcome.replaced[name])
+            if name.startswith("attention") and kernels.attention is ALL.attention
+            else ("PyTorch's own operations", outcome.replaced[name]),
+            name,
+        )
+        for name in in_use(kernels, tried, outcome.replaced)
+    ):
+        what = "kernel" if len(names) == 1 else "kernels"
+        record(Fallback(f"{other} in place of the {what} {', '.join(names)}", reason))
+    for reason, names in _alike(
+        (outcome.untried[name], name) for name in in_use(kernels, tried, outcome.untried)
+    ):
         record(Fallback(f"kernels used without a trial: {', '.join(names)}", reason))
     return without(kernels, tried, outcome.replaced)
+
+
+def _alike(found: Iterable[tuple[Key, str]]) -> Iterable[tuple[Key, list[str]]]:
+    """The names under each key: without a C compiler, say, all kernels fail for one reason."""
+    names: dict[Key, list[str]] = {}
+    for key, name in found:
+        names.setdefault(key, []).append(name)
+    return names.items()
 
 
 def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
