@@ -66,9 +66,9 @@ def keep_mask(
     """1 where an element is kept, which is with probability 1 - p, else 0: ``shape`` in ``dtype``.
 
     ``key`` is what :func:`dropout_key` gives, or a row of :func:`dropout_keys`, which the host need
-    not know. p is rounded to a multiple of 2⁻¹⁶. On a CPU ask for the type of what it is multiplied with:
-    610 × 576 comparisons written as fp32 and one product take 70 µs there, the same written as
-    bool and a torch.where take 270.
+    not know. p is rounded to a multiple of 2⁻¹⁶. On a CPU ask for the type of what it is
+    multiplied with: 610 × 576 comparisons written as fp32 and one product take 70 µs there, the
+    same written as bool and a torch.where take 270.
     """
     multiplier, offset = key
     count = math.prod(shape)

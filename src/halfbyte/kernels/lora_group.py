@@ -327,11 +327,10 @@ def _lora_down(  # type: ignore[no-untyped-def]
     if SPLITS == 1:
         out = (acc * keep_scale).to(x.dtype.element_ty)
         tl.store(at + K + i * RANK + rank[None, :], out, mask=mask)
-        if EXTRA > N * RANK:
-            if i == 0:
-                pad = N * RANK + tl.arange(0, PAD)[None, :]
-                zero = tl.zeros((BT, PAD), x.dtype.element_ty)
-                tl.store(at + K + pad, zero, mask=live & (pad < EXTRA))
+        if EXTRA > N * RANK and i == 0:
+            pad = N * RANK + tl.arange(0, PAD)[None, :]
+            zero = tl.zeros((BT, PAD), x.dtype.element_ty)
+            tl.store(at + K + pad, zero, mask=live & (pad < EXTRA))
     else:
         to = parts + (split * T + rows).to(tl.int64)[:, None] * (N * RANK) + i * RANK
         tl.store(to + rank[None, :], acc, mask=mask)

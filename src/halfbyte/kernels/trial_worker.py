@@ -27,9 +27,9 @@ Verdict = Literal["ok", "wrong", "failed", "broken", "memory"]
 def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     spec = TrialSpec.from_json(path.read_text(encoding="utf-8"))
+    torch.zeros(1, device=spec.device)  # whoever cannot have the device takes nothing
     if spec.device != "cpu":
         torch.cuda.set_device(spec.device)  # Triton launches on the current one
-    torch.zeros(1, device=spec.device)  # whoever cannot have the device takes nothing
     for task in arguments[1:] or trial_tasks(spec):
         if not _claim(path.parent / f"{task}.claim"):
             continue

@@ -190,9 +190,11 @@ class FusedNetwork:
         loss = self._head_loss(chosen, labels, factor, d_chosen)
         d_hidden = d_chosen
         if at is not None:
-            # Entries that fill the index up stand at the last position, which never has a label:
-            # all of them write zeros there.
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, at, d_chosen)
+            # Each position takes its own from where it was gathered to. Putting them back by index
+            # would have them sorted first, since PyTorch does not know that no two are the same.
+            learned = batch.labels != -100
+            place = (learned.cumsum(0) - 1).clamp(min=0)
+            d_hidden = torch.where(learned[:, None], d_chosen.index_select(0, place), 0.0)
         del chosen, d_chosen, hidden
 
         d_stream = torch.empty_like(stream)

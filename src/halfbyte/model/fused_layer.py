@@ -241,7 +241,7 @@ class FusedLayer:
         rows: Rows,
         write: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
-        """x' of ``joined``: ``write(source, out)`` fills its first columns, the adapters the rest."""
+        """x' of ``joined``: ``write(source, out)`` fills the first columns, adapters the rest."""
         x = torch.empty(len(source), joined.width, dtype=joined.dtype, device=source.device)
         write(source, x[:, : joined.columns])
         if joined.group is not None:

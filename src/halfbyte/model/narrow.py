@@ -1,4 +1,4 @@
-"""Embedding and head kept in the 16 bits that they are stored in, in a model that is otherwise fp32.
+"""Embedding and head kept in the 16 bits that they are stored in, the rest of a model being fp32.
 
 fp32 copies of 16-bit values are the same values in twice the memory: 0.26 GB of a model of 1.1
 billion parameters. The embedding's rows are widened when they are looked up. The head's product is
