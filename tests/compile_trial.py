@@ -23,6 +23,7 @@ from launched_kernels import no_comparisons, without_efficient_attention
 
 TINYLLAMA = replace(
     small_spec("element-wise"),
+    device="cpu",
     hidden=2048,
     intermediate=5632,
     vocabulary=32000,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from halfbyte.kernels.trial_spec import BatchShape, GroupShape, TrialSpec
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, RANK = 48, 96, 4, 2, 16, 4
@@ -13,7 +15,7 @@ def small_spec(
     """Of a model that has every odd thing: a group without adapters, one with some, a window."""
     q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     return TrialSpec(
-        device="cpu",
+        device="cuda:0" if torch.cuda.is_available() else "cpu",
         kernels=kernels,
         compute_dtype=compute_dtype,
         stream_dtype=stream_dtype,
