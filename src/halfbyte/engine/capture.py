@@ -98,16 +98,17 @@ class CapturedStep:
 
 
 def _blank(bucket: Bucket, borders: int) -> Batch:
-    """A batch of nothing but padding in the bucket's shape; every position has a label."""
+    """A batch of nothing but padding in the bucket's shape, with as many labels as it may have."""
     t, n = bucket.tokens, bucket.labels
     at = torch.arange(t)
+    labels = torch.where(at < n, 0, -100)
     ends = (torch.arange(borders) * bucket.max_seqlen).clamp(max=t)
     return Batch(
         input_ids=torch.zeros(t, dtype=torch.int64),
         position_ids=at % bucket.max_seqlen,
         cu_seqlens=ends.int(),
-        labels=torch.zeros(t, dtype=torch.int64),
-        label_index=torch.arange(n) % t,
+        labels=labels,
+        label_index=torch.arange(n),
         label_ids=torch.zeros(n, dtype=torch.int64),
         max_seqlen=bucket.max_seqlen,
         num_tokens=t,

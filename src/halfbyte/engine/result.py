@@ -30,21 +30,19 @@ class StepResult:
 
     @property
     def loss(self) -> Tensor:
-        return self.values[0]
+        return self._there()[0]
 
     @property
     def grad_norm(self) -> Tensor:
-        return self.values[1]
+        return self._there()[1]
 
     @property
     def updated(self) -> Tensor:
-        return self.values[2] != 0
+        return self._there()[2] != 0
 
     def read(self) -> tuple[float, float, bool]:
         """Loss, gradient norm and whether an update was made; waits for the device."""
-        if self.ended is not None:
-            self.ended.synchronize()
-        loss, norm, updated = self.values.tolist()
+        loss, norm, updated = self._there().tolist()
         return loss, norm, bool(updated)
 
     def seconds(self) -> float | None:
@@ -56,3 +54,8 @@ class StepResult:
             return None
         self.ended.synchronize()
         return self.began.elapsed_time(self.ended) / 1e3
+
+    def _there(self) -> Tensor:
+        if self.ended is not None:
+            self.ended.synchronize()
+        return self.values

@@ -96,6 +96,7 @@ def quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """
     flat = weight.reshape(-1)
     n = flat.numel()
+    on_gpu = flat.device.type == "cuda"
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
     step = _CHUNK // block_size * block_size
@@ -108,15 +109,19 @@ def quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
             scale = blocks.abs().amax(dim=1)
             first = start // block_size
             absmax[first : first + len(scale)] = scale
-            # 1e-38 keeps a block of zeros from dividing by zero; the scale stored is the 0.
-            inverse = 1.0 / scale.clamp(min=1e-38)
+            # 1e-38 keeps a block of zeros from dividing by zero; the scale stored is the 0. On a GPU
+            # bitsandbytes divides, and 0 · ∞ is above no border.
+            inverse = 1.0 / (scale if on_gpu else scale.clamp(min=1e-38))
             parts.append((blocks * inverse[:, None]).clamp_(-1, 1).view(-1))
         if whole < chunk.numel():
             rest = chunk[whole:]
-            scale = rest.abs().amax().clamp(min=1e-38)
+            scale = rest.abs().amax()
+            scale = scale if on_gpu else scale.clamp(min=1e-38)
             absmax[-1] = scale
-            parts.append((rest / scale).clamp_(-1, 1))
+            parts.append((rest * (1.0 / scale) if on_gpu else rest / scale).clamp_(-1, 1))
         scaled = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if on_gpu:
+            scaled.nan_to_num_(nan=-1.0)
         if scaled.numel() % 2:
             scaled = torch.nn.functional.pad(scaled, (0, 1))
         index = _nearest_code(scaled)
