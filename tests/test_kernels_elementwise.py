@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from halfbyte.kernels import gated as gated_file
+from halfbyte.kernels import gather_rows as gather_file
 from halfbyte.kernels import nf4_dequantize as nf4_file
 from halfbyte.kernels import rms_norm as norm_file
 from halfbyte.kernels import rope as rope_file
@@ -405,3 +406,17 @@ def test_they_compile_for_turing_ampere_and_hopper(tmp_path: Path) -> None:
         else:
             assert "ld.global.v4.b32" in kernel["loads"]
             assert "st.global.v4.b32" in kernel["stores"]
+
+
+@pytest.mark.parametrize("where", ["device", "pinned"])
+@pytest.mark.parametrize("width", [8, 70, 2048, 2560])
+def test_gathered_rows_are_the_tables(where: str, width: int) -> None:
+    table = torch.randn(50, width).to(torch.float16)
+    expected = table[[3, 0, 49, 7, 3]]
+    table = gather_file.pinned(table) if where == "pinned" else table.to(DEVICE)
+    ids = torch.tensor([3, 0, 49, 7, 3], device=DEVICE)
+    out = torch.full((5, width + 3), 7.0, dtype=torch.float16, device=DEVICE)
+    gather_file.gather_rows(table, ids, out[:, :width])
+    assert torch.equal(out[:, :width].cpu(), expected)
+    assert (out[:, width:] == 7.0).all()
+    assert torch.equal(gather_file.fetch_rows(table, ids).cpu(), expected)

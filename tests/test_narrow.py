@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.data.batch import Batch, TokenizedRow
 from halfbyte.data.batching import make_batch
+from halfbyte.kernels.choice import PLAIN
 from halfbyte.model.causal import QLoRAModel
+from halfbyte.model.fused import FusedNetwork
 from halfbyte.model.load import LoadedBase, load_base
-from halfbyte.model.narrow import NarrowEmbedding, NarrowHead
+from halfbyte.model.narrow import HostEmbedding, NarrowEmbedding, NarrowHead, embedding_to_host
 from halfbyte.model.source import open_model
 from halfbyte.recipe.schema import ModelRecipe, QuantizationRecipe
 from oracle.case import Family, save_model
@@ -88,3 +90,22 @@ def test_what_is_stored_or_wanted_otherwise_is_not_narrow(tmp_path: Path) -> Non
     found = loaded(gemma, torch.bfloat16).model.get_input_embeddings()
     assert not isinstance(found, NarrowEmbedding)
     assert found.weight.dtype == torch.float32
+
+
+def test_an_embedding_in_main_memory_gives_the_same(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama", tied=False, dtype=torch.bfloat16)
+    here, there = loaded(folder, torch.bfloat16), loaded(folder, torch.bfloat16)
+    assert embedding_to_host(there.model)
+    assert type(there.model.get_input_embeddings()) is HostEmbedding
+    one, other = (QLoRAModel(m.model, {}, torch.bfloat16) for m in (here, there))
+    assert torch.equal(one.hidden(batch()), other.hidden(batch()))
+    for model in (one, other):
+        model.fused = FusedNetwork(model.network, model.head, torch.bfloat16, PLAIN)
+        model.fused.keep_copies()
+    with torch.no_grad():
+        assert torch.equal(one.loss_sum(batch()), other.loss_sum(batch()))
+
+
+def test_a_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama", tied=True, dtype=torch.bfloat16)
+    assert not embedding_to_host(loaded(folder, torch.bfloat16).model)

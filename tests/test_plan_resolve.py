@@ -100,7 +100,7 @@ def resolved(
         assert again.recomputed_layers == found.recomputed_layers
         assert again.copied_layers == found.copied_layers
     told = {choice.key for choice in again.choices}
-    assert told <= {"copies", "training.max_steps", "report.loss_at_steps"}
+    assert told <= {"copies", "embedding", "training.max_steps", "report.loss_at_steps"}
     for choice in found.choices:
         assert choice.reason
         assert choice.reason[-1] != "."

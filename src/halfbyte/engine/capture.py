@@ -46,11 +46,16 @@ class CapturedStep:
         # may have as well; the largest is made first.
         self._pool = torch.cuda.graph_pool_handle()
         self._whole = accumulation == 1
+        # All buckets are first run eagerly, in memory that is given back before the graphs have
+        # theirs: so the two are never there at once.
+        for bucket in self.inputs:
+            self._warm_up(bucket)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         lasts = (True,) if accumulation == 1 else (False, True)
         for bucket in sorted(buckets, reverse=True):
             for last in lasts:
                 self._capture(bucket, last)
-        torch.cuda.empty_cache()
 
     def __call__(self, number: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Step ``number`` (from 1); each of ``micro_batches`` has the shape of a bucket."""
@@ -63,17 +68,25 @@ class CapturedStep:
             self.graphs[bucket, index == len(micro_batches) - 1].replay()
         return self.step.result()
 
-    def _capture(self, bucket: Bucket, last: bool) -> None:
-        inputs = self.inputs[bucket]
+    def _warm_up(self, bucket: Bucket) -> None:
+        """One step whose update is not made: kernels are compiled, and libraries set up, which no
+        capture allows."""
+        step, inputs = self.step, self.inputs[bucket]
         inputs.fill(_blank(bucket, len(inputs.borders)), 1, 0, bucket.labels)
-        # Once eagerly: kernels are compiled, and libraries set up, which no capture allows.
-        self._run(inputs, last, pretend=True)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        self._begin(inputs)
+        # An infinite gradient makes no update, and the scaler is put back.
+        kept = {name: t.clone() for name, t in step.scaler.state_tensors().items()}
+        step.parameters.grad.fill_(torch.inf)
+        step.update()
+        step.scaler.load_state_tensors(kept)
+
+    def _capture(self, bucket: Bucket, last: bool) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool)
         try:
-            self._run(inputs, last, pretend=False)
+            self._begin(self.inputs[bucket])
+            if last:
+                self.step.update()
         except Exception:
             with suppress(RuntimeError):  # that the capture failed is known
                 graph.capture_end()
@@ -81,20 +94,12 @@ class CapturedStep:
         graph.capture_end()
         self.graphs[bucket, last] = graph
 
-    def _run(self, inputs: StaticInputs, last: bool, pretend: bool) -> None:
-        step = self.step
+    def _begin(self, inputs: StaticInputs) -> None:
+        """All of a micro-batch but the update."""
         inputs.unpack()
         if self._whole:
-            step.begin()
-        step.accumulate(inputs.micro)
-        if pretend:
-            # An infinite gradient makes no update, and the scaler is put back.
-            kept = {name: t.clone() for name, t in step.scaler.state_tensors().items()}
-            step.parameters.grad.fill_(torch.inf)
-            step.update()
-            step.scaler.load_state_tensors(kept)
-        elif last:
-            step.update()
+            self.step.begin()
+        self.step.accumulate(inputs.micro)
 
 
 def _blank(bucket: Bucket, borders: int) -> Batch:

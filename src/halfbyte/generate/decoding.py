@@ -40,7 +40,7 @@ def decode(
     """
     from transformers import DynamicCache
 
-    device = network.get_input_embeddings().weight.device
+    device = network.get_output_embeddings().weight.device
     rows, longest = len(prompts), max(map(len, prompts))
     total = longest + max(limits)
     ids = torch.zeros(rows, total, dtype=torch.int64)

@@ -37,8 +37,9 @@ class QLoRAModel:
         self.network = network
         self.lora = lora
         self.compute_dtype = compute_dtype
-        self.device: torch.device = network.get_input_embeddings().weight.device
         self.head = find_head(network)
+        # Not the embedding's, which may lie in main memory.
+        self.device: torch.device = self.head.weight.device
         self.fused: FusedNetwork | None = None
         self.kernels: Kernels | None = None
         self._adapter_on = True

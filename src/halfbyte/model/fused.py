@@ -9,6 +9,7 @@ from torch import Tensor
 
 from halfbyte.data.batch import Batch
 from halfbyte.kernels.choice import Kernels
+from halfbyte.kernels.gather_rows import fetch_rows
 from halfbyte.kernels.lora_group import make_fold
 from halfbyte.model.fusable import ACTIVATIONS, why_not_fused
 from halfbyte.model.fused_layer import FusedLayer, LayerShape, Rows
@@ -16,8 +17,9 @@ from halfbyte.model.head import Head
 from halfbyte.quant.joined import FlatAdapter, JoinedLinear, Scratch
 from halfbyte.quant.linear import QLoRALinear
 
-# Of 16-bit logits in memory at once.
+# Of 16-bit logits in memory at once; and where memory is short, at some cost in time.
 LOGIT_BYTES = 128 * 1024**2
+FEW_LOGIT_BYTES = 32 * 1024**2
 
 
 class NotFusedError(Exception):
@@ -40,7 +42,7 @@ class FusedNetwork:
         base = network.base_model
         self.config = network.config.get_text_config()
         self.embedding: Tensor = network.get_input_embeddings().weight
-        self.device = self.embedding.device
+        self.device = head.weight.device
         self.norm: Tensor = base.norm.weight
         # The embedding may be kept in 16 bits where the stream is in fp32: the same values.
         self.stream_dtype = self.norm.dtype
@@ -82,6 +84,11 @@ class FusedNetwork:
                     size += scratch.weight.nbytes
                 joined.use_scratch(found[key])
         return size
+
+    @property
+    def logit_bytes(self) -> int:
+        """Of logits in memory at once: few where all layers are recomputed to save memory."""
+        return FEW_LOGIT_BYTES if all(layer.recompute for layer in self.layers) else LOGIT_BYTES
 
     def use_recomputation(self, on: bool) -> None:
         """Make each layer again in the backward pass from its input alone, or keep all of it."""
@@ -229,7 +236,11 @@ class FusedNetwork:
         )
 
     def _embed(self, batch: Batch) -> Tensor:
-        return self.embedding.index_select(0, batch.input_ids).to(self.stream_dtype)
+        if self.embedding.device == self.device:
+            rows = self.embedding.index_select(0, batch.input_ids)
+        else:
+            rows = fetch_rows(self.embedding, batch.input_ids)
+        return rows.to(self.stream_dtype)
 
     def _last_norm(self, stream: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden states [T, H] in the products' type, the stream before the norm, 1 / rms)."""
@@ -251,7 +262,7 @@ class FusedNetwork:
             d_hidden,
             scale=self.head.scale,
             softcap=self.head.softcap,
-            chunk_bytes=LOGIT_BYTES,
+            chunk_bytes=self.logit_bytes,
         )
         return loss
 

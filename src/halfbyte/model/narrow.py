@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.kernels.gather_rows import fetch_rows, pinned
+
 
 class NarrowEmbedding(nn.Embedding):
     """Looks rows up and gives them in ``out_dtype``."""
@@ -20,6 +22,14 @@ class NarrowEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).to(self.out_dtype)
+
+
+class HostEmbedding(NarrowEmbedding):
+    """Keeps its rows in main memory, where a GPU fetches those that it needs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = fetch_rows(self.weight, input.reshape(-1))
+        return rows.view(*input.shape, self.embedding_dim).to(self.out_dtype)
 
 
 class NarrowHead(nn.Linear):
@@ -55,3 +65,22 @@ def make_narrow(model: Any, names: list[str], out_dtype: torch.dtype) -> None:
             narrow = NarrowHead(module.in_features, module.out_features, bias=False, device="meta")
         narrow.weight = module.weight
         model.set_submodule(name, narrow)
+
+
+def embedding_to_host(model: Any) -> bool:
+    """Keep the embedding in main memory, if it is a plain one that is not the head as well.
+
+    Returns whether it is there now.
+    """
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if type(embedding) not in (nn.Embedding, NarrowEmbedding) or head.weight is embedding.weight:
+        return False
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    host = HostEmbedding(
+        embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta"
+    )
+    host.out_dtype = getattr(embedding, "out_dtype", embedding.weight.dtype)
+    host.weight = nn.Parameter(pinned(embedding.weight.detach()), requires_grad=False)
+    model.set_submodule(name, host)
+    return True

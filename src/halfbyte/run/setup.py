@@ -30,6 +30,7 @@ from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
 from halfbyte.model.lora import attach_lora
+from halfbyte.model.narrow import embedding_to_host
 from halfbyte.model.source import ModelSource
 from halfbyte.model.varlen import NoKernelError
 from halfbyte.optim.choose import make_optimizer
@@ -106,6 +107,7 @@ def load_model(
     device: Device,
     *,
     copied_layers: int | None = None,
+    embedding_on_host: bool = False,
     record: RunRecord | None = None,
     earlier: Strategy | None = None,
     trial: Trial | None = None,
@@ -113,7 +115,8 @@ def load_model(
     """Quantize the base as it is read and attach a fresh adapter.
 
     ``recipe`` is effective. The linear layers of the first ``copied_layers`` (by default of all)
-    also keep their weights dequantized. With a ``record`` the model is to be trained: on a GPU its
+    also keep their weights dequantized; ``embedding_on_host`` keeps the embedding in main memory,
+    if it is not the head as well. With a ``record`` the model is to be trained: on a GPU its
     layers are fused if they can be, and the record hears how that was decided; ``earlier`` says
     with which kernels the run began, and ``trial`` which of them work here.
     """
@@ -126,6 +129,11 @@ def load_model(
         compute_dtype=compute_dtype,
         rest_dtype=rest_dtype,
     )
+    if embedding_on_host:
+        embedding_to_host(loaded.model)
+    if device.kind == "cuda":
+        # What quantizing took and left; the steps have their memory elsewhere.
+        torch.cuda.empty_cache()
     lora = attach_lora(
         loaded.model,
         r=recipe.lora.r,
@@ -148,6 +156,7 @@ def load_model(
     if model.fused is not None:
         copied = model.fused.keep_copies(copied_layers)
         model.fused.use_scratch()
+        torch.cuda.empty_cache()  # codes were moved end to end
     elif copied_layers != 0:
         copied = sum(layer.keep_dense() for layer in model.linears.values())
     names = [name.rsplit(".", 1)[-1] for name in lora]

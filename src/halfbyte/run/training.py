@@ -24,6 +24,7 @@ from halfbyte.events.types import (
 from halfbyte.loop.steps import run_steps
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
+from halfbyte.run.allocator import spare_memory
 from halfbyte.run.assembly import DECIDED_ANEW, Assembly, assemble, with_max_steps
 from halfbyte.run.determinism import deterministic
 from halfbyte.run.ending import end_run
@@ -95,6 +96,8 @@ def train(
             None if out is None else Path(out), runs, recipe_name or "run", overwrite=overwrite
         )
         folder = claimed.folder
+    if recipe.memory_limit_gb is not None:
+        spare_memory()
     try:
         record(
             RunStarted(
@@ -160,6 +163,7 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
             assembly.source,
             assembly.device,
             copied_layers=assembly.resolved.copied_layers,
+            embedding_on_host=assembly.resolved.embedding_on_host,
             record=record,
             earlier=assembly.earlier,
             trial=trial,
