@@ -37,7 +37,12 @@ def main(words: Sequence[str] | None = None, python: list[str] | None = None) ->
         return conclude(work, args.out)
     deadline = time.monotonic() + args.budget_s - CLOSING_S
     names = args.cases or [name for name in CASES if name not in BY_NAME_ONLY]
-    wanted = list(measurements(names, args.rounds, args.steps))
+    wanted = [
+        measurement
+        for measurement in measurements(names, args.rounds, args.steps)
+        if args.tools is None or measurement.tool in args.tools
+        if args.profiles or not measurement.profile
+    ]
     runner = Runner(
         work=work,
         data=args.data.resolve(),
@@ -79,6 +84,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workdir", type=Path, required=True, help="model, rows, logs, figures")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE")
+    parser.add_argument("--tools", nargs="+", metavar="TOOL", help="by default all of a case")
+    parser.add_argument(
+        "--no-profiles", dest="profiles", action="store_false", help="no step of halfbyte profiled"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="processes of each tool and case")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of a peer's process")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start nothing that ends later")

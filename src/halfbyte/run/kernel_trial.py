@@ -58,7 +58,11 @@ def kernel_trial(assembly: Assembly, record: RunRecord) -> Iterator[Trial | None
     if spec is None:
         yield None
         return
-    with start_trial(spec, cache.path, workers=_workers(assembly.device)) as trial:
+    limited = assembly.recipe.memory_limit_gb is not None
+    workers = 1 if limited else _workers(assembly.device)
+    with start_trial(spec, cache.path, workers=workers) as trial:
+        if limited:
+            trial.finish()  # a process takes memory: before the model has any
         yield trial
 
 
