@@ -117,7 +117,8 @@ def test_train_from_a_recipe(place: Path) -> None:
         for step in (5, 10)
         for name in ("state.safetensors", "state.json")
     }
-    others = {"recipe.yaml", "recipe.asked.yaml", "events.jsonl", "report.md", "report.html"}
+    others = {"recipe.yaml", "recipe.asked.yaml", "strategy.json", "events.jsonl"}
+    others |= {"report.md", "report.html"}
     found = files_in(folder)
     plots = {name for name in found if name.startswith("plots/")}
     assert plots

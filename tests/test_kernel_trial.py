@@ -206,7 +206,7 @@ def test_a_run_goes_on_where_nothing_can_be_tried(
     gpu = Device("cuda", "Absent 99", 1 << 30, 1 << 30, (9, 0), True, 2)
     events: list[Event] = []
     with kernel_trial.kernel_trial(
-        SimpleNamespace(device=gpu),  # type: ignore[arg-type]
+        SimpleNamespace(device=gpu, recipe=SimpleNamespace(memory_limit_gb=None)),  # type: ignore[arg-type]
         events.append,  # type: ignore[arg-type]
     ) as trial:
         assert passed(trial, ALL, events.append) == ALL  # type: ignore[arg-type]

@@ -200,8 +200,9 @@ class FusedNetwork:
             # Each position takes its own from where it was gathered to. Putting them back by index
             # would have them sorted first, since PyTorch does not know that no two are the same.
             learned = batch.labels != -100
-            place = (learned.cumsum(0) - 1).clamp(min=0)
-            d_hidden = torch.where(learned[:, None], d_chosen.index_select(0, place), 0.0)
+            place = learned.cumsum(0).sub_(1).clamp_(min=0)
+            d_hidden = d_chosen.index_select(0, place).masked_fill_(~learned[:, None], 0.0)
+            del learned, place
         del chosen, d_chosen, hidden
 
         d_stream = torch.empty_like(stream)

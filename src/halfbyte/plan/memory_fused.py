@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from halfbyte.model.fused import LOGIT_BYTES
+from halfbyte.model.fused import FEW_LOGIT_BYTES, LOGIT_BYTES
 from halfbyte.plan.memory import Setup, StepMemory, head_copy, optimizer_bytes, weight_bytes
 from halfbyte.plan.parameters import ModelShape
 from halfbyte.quant.joined import extra_columns
@@ -88,7 +88,7 @@ class FusedMemory:
         The first ``recomputed`` layers are recomputed, of the first ``copied`` a copy is kept.
         """
         activations = tokens * (self.kept_per_token(recomputed) + self._ends)
-        loss = self._loss(tokens, labels)
+        loss = self._loss(tokens, labels, recomputed)
         peak = self.peak(tokens, labels, recomputed)
         scratch = 0 if copied == len(self.layers) else max(layer.copy for layer in self.layers)
         lasting = self.weights + self._copies[copied] + self.adapter + self.optimizer + scratch
@@ -105,7 +105,7 @@ class FusedMemory:
 
     def peak(self, tokens: int, labels: int, recomputed: int) -> int:
         """The most that a step's own tensors take, at whichever moment it is."""
-        found = tokens * (self.kept_per_token(recomputed) + self._ends) + self._loss(tokens, labels)
+        found = tokens * (self.kept_per_token(recomputed) + self._ends) + self._loss(tokens, labels, recomputed)
         for number in {len(self.layers), recomputed} - {0}:
             layer = self.layers[number - 1]
             kept = self.kept_per_token(recomputed, number - 1) + layer.whole + self._ends
@@ -123,13 +123,14 @@ class FusedMemory:
             return layers
         return max(0, bisect_right(range(layers), limit, key=total) - 1)
 
-    def _loss(self, tokens: int, labels: int) -> int:
+    def _loss(self, tokens: int, labels: int, recomputed: int) -> int:
         c, shape = self.setup.compute, self.shape
         hidden = c * shape.hidden * labels * (1 if labels >= tokens else 2)
         if not self.setup.triton:
             # Hidden states, head and six forms of all logits in fp32.
             return hidden + 4 * (2 * labels * shape.hidden + shape.head + 6 * labels * shape.vocab)
-        return hidden + min(LOGIT_BYTES, c * (shape.vocab + 16) * labels) + 8 * labels
+        at_once = FEW_LOGIT_BYTES if recomputed == len(self.layers) else LOGIT_BYTES
+        return hidden + min(at_once, c * (shape.vocab + 16) * labels) + 8 * labels
 
 
 def fused_layers(shape: ModelShape, setup: Setup) -> list[FusedBytes]:
