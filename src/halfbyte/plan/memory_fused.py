@@ -105,7 +105,8 @@ class FusedMemory:
 
     def peak(self, tokens: int, labels: int, recomputed: int) -> int:
         """The most that a step's own tensors take, at whichever moment it is."""
-        found = tokens * (self.kept_per_token(recomputed) + self._ends) + self._loss(tokens, labels, recomputed)
+        found = tokens * (self.kept_per_token(recomputed) + self._ends)
+        found += self._loss(tokens, labels, recomputed)
         for number in {len(self.layers), recomputed} - {0}:
             layer = self.layers[number - 1]
             kept = self.kept_per_token(recomputed, number - 1) + layer.whole + self._ends
