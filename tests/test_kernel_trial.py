@@ -325,7 +325,7 @@ def test_kernels_of_a_t4_compile_for_it() -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     names = {kernel["kernel"] for kernel in found}
     assert names == {
-        *("_rms_norm", "_rms_norm_backward", "_rope", "_gated", "_gated_backward", "_fold_b"),
+        *("_rms_norm", "_rms_norm_backward", "_rope", "_gated", "_gated_backward", "fold_b_kernel"),
         *("_nf4_dequantize", "_dropout_keys", "_apply_dropout", "_cross_entropy_rows"),
         *("_adamw_scalars", "_adamw_8bit", "_adamw_32bit"),
     }

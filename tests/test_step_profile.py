@@ -14,12 +14,12 @@ step_profile = importlib.import_module("step_profile")
 PRODUCT = "nvjet_sm90_tst_128x128_64x6"
 SMALL = "void at::native::vectorized_elementwise_kernel<4, …>"
 
-DOWN = ["_lora_down", "_sum_down"]
+DOWN = ["lora_down_kernel", "sum_down_kernel"]
 FORWARD = [
     *("_rms_norm", *DOWN, PRODUCT, "_rope", "forward_kernel", *DOWN, PRODUCT),
     *("_rms_norm", PRODUCT, "_gated", PRODUCT),
 ]
-GRADS = ["_lora_grads", "_sum_grads", "_lora_grad_input"]
+GRADS = ["lora_grads_kernel", "sum_grads_kernel", "lora_grad_input_kernel"]
 BACKWARD = [
     *(PRODUCT, "_gated_backward", PRODUCT, "_rms_norm_backward"),
     *(PRODUCT, *GRADS, "delta_kernel", "backward_kernel", "sum_parts_kernel", "_rope"),
@@ -29,7 +29,14 @@ HEAD = [PRODUCT, "cublasLt::splitKreduce_kernel", "_cross_entropy_rows", PRODUCT
 STEP = [
     *("Memcpy HtoD (Pinned -> Device)", SMALL, "_dropout_keys", SMALL),
     *(*FORWARD, *FORWARD, "_rms_norm", *HEAD, "_rms_norm_backward", *BACKWARD, *BACKWARD),
-    *(SMALL, "_adamw_scalars", "_adamw_8bit", SMALL, "_fold_b", "Memcpy DtoH (Device -> Pinned)"),
+    *(
+        SMALL,
+        "_adamw_scalars",
+        "_adamw_8bit",
+        SMALL,
+        "fold_b_kernel",
+        "Memcpy DtoH (Device -> Pinned)",
+    ),
 ]
 
 
