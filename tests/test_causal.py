@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -21,9 +23,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
 from halfbyte.model import attention
 from halfbyte.model.causal import QLoRAModel
+from halfbyte.model.lora import attach_lora
+from halfbyte.quant.linear import QLoRALinear
+from halfbyte.quant.nf4 import quantize_nf4
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -63,6 +70,40 @@ def test_a_family_of_the_usual_kind(
 ) -> None:
     torch.manual_seed(0)
     QLoRAModel(make().to(dtype), {}, dtype)
+
+
+def test_recomputing_drops_what_the_model_itself_has_dropped() -> None:
+    """GPT-NeoX may have dropout of its own, whose masks come out of a generator."""
+    torch.manual_seed(0)
+    network = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, hidden_dropout=0.3)).requires_grad_(False)
+    head = network.get_output_embeddings()
+    for name, linear in list(network.named_modules()):
+        if isinstance(linear, nn.Linear) and linear is not head:
+            layer = QLoRALinear.from_weight(
+                quantize_nf4(linear.weight),
+                linear.bias.data,
+                linear.in_features,
+                linear.out_features,
+                torch.float32,
+            )
+            network.set_submodule(name, layer)
+    lora = attach_lora(
+        network, r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", seed=1
+    )
+    for layer in lora.values():
+        assert layer.lora_B is not None
+        layer.lora_B.data.normal_(std=0.1)
+    model = QLoRAModel(network, lora, torch.float32)
+    batch = make_batch([TokenizedRow(np.arange(3, 40, dtype=np.int32), np.ones(37, bool), 0)])
+    found = []
+    for recompute in (False, True):
+        model.use_gradient_checkpointing(recompute)
+        network.train()
+        torch.manual_seed(7)
+        network.zero_grad()
+        model.loss_and_gradients(batch, torch.tensor(1.0))
+        found.append([p.grad for p in model.lora_parameters().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_an_attention_of_its_own_is_refused() -> None:

@@ -205,8 +205,8 @@ class QLoRAModel:
             off = "activation" if renamed else "gradient"
             getattr(network, f"{off}_checkpointing_disable")()
             return
-        # Dropout masks are made again from their keys: there is no generator state to save.
-        how = {"use_reentrant": False, "preserve_rng_state": False}
+        # Our dropout masks are made again from their keys; a model's own come out of a generator.
+        how = {"use_reentrant": False, "preserve_rng_state": _has_dropout(network.config)}
         if renamed:
             network.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
         else:
@@ -260,6 +260,17 @@ def _check_logits(model: QLoRAModel, theirs: Tensor) -> None:
             f"{type(model.network).__name__} attends or ends in a way that halfbyte does not know, "
             "so that it would be trained wrongly; choose another model."
         )
+
+
+def _has_dropout(config: Any) -> bool:
+    """Whether the network drops anything by itself, attention's probabilities apart, which our
+    attention never drops."""
+    found = config.get_text_config().to_dict()
+    return any(
+        isinstance(value, float) and value > 0.0
+        for name, value in found.items()
+        if ("dropout" in name or name.endswith("pdrop")) and not name.startswith("att")
+    )
 
 
 def _two_rows() -> Batch:

@@ -7,7 +7,7 @@ run can go on from its own recipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.data.batch import TokenizedRow
@@ -126,7 +126,10 @@ def resolve(
     decided.auto("training.learning_rate", lambda: defaults.learning_rate(shape.frozen))
     largest = _LargestPass(decided.recipe, train, rows, max_length, device)
     way, fits = _decide_way(decided, shape, device, largest)
-    on_host, fits = _decide_embedding(decided, shape, device, way, fits)
+    on_host = False
+    if not fits:
+        on_host, way = _decide_embedding(decided, shape, device, way)
+        fits = way.memory.total <= budget(device, decided.recipe.memory_limit_gb).bytes
     _decide_optimizer(decided, shape, device)
     per_epoch, total = _decide_steps(decided, rows)
     _decide_watch(decided, total, held_out)
@@ -278,18 +281,18 @@ def _decide_way(
 
 
 def _decide_embedding(
-    decided: Decisions, shape: ModelShape, device: Device, way: Way, fits: bool
-) -> tuple[bool, bool]:
-    """Whether the embedding is kept in main memory, and whether all fits then.
+    decided: Decisions, shape: ModelShape, device: Device, way: Way
+) -> tuple[bool, Way]:
+    """Whether the embedding is kept in main memory, and what a step takes then.
 
     A GPU needs a few of its rows in a step. Only where nothing else makes a step fit: fetching
     them takes about 0.1 ms for 768 tokens of width 2,048. A head that is the embedding is needed
     whole.
     """
     rows = shape.ends - shape.head
-    if fits or device.kind != "cuda" or rows <= 0:
-        return False, fits
-    recipe, limit = decided.recipe, budget(device, decided.recipe.memory_limit_gb)
+    if device.kind != "cuda" or rows <= 0:
+        return False, way
+    recipe = decided.recipe
     setup = setup_of(recipe, shape, device, upcast_rest=bool(recipe.quantization.upcast_rest))
     saved = rows * (setup.compute if shape.stored == setup.precision else setup.rest)
     decided.choices.append(
@@ -300,7 +303,7 @@ def _decide_embedding(
             f"it takes {gigabytes(saved)}, of which a step needs a few rows, and memory is short",
         )
     )
-    return True, way.memory.total - saved <= limit.bytes
+    return True, replace(way, memory=replace(way.memory, weights=way.memory.weights - saved))
 
 
 def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: bool) -> Setup:
