@@ -113,7 +113,9 @@ def test_8bit_is_that_of_bitsandbytes(
         codes = apart = 0
         for key, offset in zip(flat.names, flat.offsets, strict=True):
             state, n = theirs.state[reference[key]], reference[key].numel()
-            ours = optimizer.state_tensors()
+            if device == "cuda":
+                torch.cuda.synchronize()  # paged moments lie in main memory
+            ours = {k: t.to(device) for k, t in optimizer.state_tensors().items()}
             # Steps go up to hundreds of rates, where v is rounded to 0: a parameter may be off by a
             # share of the way it went, and more where a code differs.
             way[key] += (reference[key] - before[key]).abs()

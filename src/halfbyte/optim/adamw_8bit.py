@@ -18,10 +18,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import triton_shim
 from halfbyte.kernels.adamw import adamw_8bit_, search_table
 from halfbyte.kernels.nf4 import dynamic_map
 from halfbyte.optim.adamw import AdamW, Moments, Moments32, keep
-from halfbyte.optim.flat import BLOCK
+from halfbyte.optim.flat import BLOCK, FlatParameters
+from halfbyte.recipe.schema import TrainingRecipe
 
 _GRID = 65536
 
@@ -77,15 +79,18 @@ def quantize_moments(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 class Moments8:
     """Moments in 8 bits for a range of whole blocks."""
 
-    def __init__(self, stop: int, device: torch.device) -> None:
+    def __init__(self, stop: int, device: torch.device, paged: bool = False) -> None:
+        """``paged`` keeps the codes in pinned main memory, where a GPU's kernel reads and writes
+        them over the bus; the scales, a sixty-fourth of them, stay on the device."""
         self.start, self.stop = 0, stop
-        self.codes_m = torch.zeros(stop, dtype=torch.uint8, device=device)
-        self.codes_v = torch.zeros(stop, dtype=torch.uint8, device=device)
+        place = {"pin_memory": True} if paged else {"device": device}
+        self.codes_m = torch.zeros(stop, dtype=torch.uint8, **place)
+        self.codes_v = torch.zeros(stop, dtype=torch.uint8, **place)
         self.absmax_m = torch.zeros(stop // BLOCK, device=device)
         self.absmax_v = torch.zeros(stop // BLOCK, device=device)
         for signed in (True, False):  # now: a graph that is captured later cannot copy them over
-            _borders(signed, self.codes_m.device)
-            _search_table(signed, self.codes_m.device)
+            _borders(signed, device)
+            _search_table(signed, device)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         blocks = slice(start // BLOCK, stop // BLOCK)
@@ -143,13 +148,28 @@ class Moments8:
 
 
 class AdamW8bit(AdamW):
-    """AdamW with 8-bit moments where bitsandbytes has them, 32-bit ones elsewhere."""
+    """AdamW with 8-bit moments where bitsandbytes has them, 32-bit ones elsewhere.
+
+    With ``paged`` the 8-bit moments lie in main memory, where only kernels can read them.
+    """
+
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        training: TrainingRecipe,
+        *,
+        use_kernels: bool = False,
+        paged: bool = False,
+    ) -> None:
+        on_gpu = parameters.data.device.type == "cuda"
+        self.paged = paged and use_kernels and on_gpu and triton_shim.INSTALLED
+        super().__init__(parameters, training, use_kernels=use_kernels)
 
     def _make_moments(self) -> list[Moments]:
         data, blocked = self.parameters.data, self.parameters.blocked
         found: list[Moments] = []
         if blocked > 0:
-            found.append(Moments8(blocked, data.device))
+            found.append(Moments8(blocked, data.device, self.paged))
         if blocked < data.numel():
             found.append(Moments32(blocked, data.numel(), data.device))
         return found

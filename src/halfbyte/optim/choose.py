@@ -17,9 +17,11 @@ def make_optimizer(
 ) -> AdamW:
     """The optimizer ``name`` of ``parameters``, with β, ε and weight decay of ``training``.
 
-    ``paged_adamw_8bit`` computes what ``adamw_8bit`` does; its state stays where the adapter is.
-    ``use_kernels`` allows Triton's kernels where there are Triton and a GPU.
+    ``paged_adamw_8bit`` computes what ``adamw_8bit`` does, with its state in main memory where a
+    GPU's kernels can read it there. ``use_kernels`` allows Triton's kernels where there are Triton
+    and a GPU.
     """
     if name == "adamw":
         return AdamW(parameters, training, use_kernels=use_kernels)
-    return AdamW8bit(parameters, training, use_kernels=use_kernels)
+    paged = name == "paged_adamw_8bit"
+    return AdamW8bit(parameters, training, use_kernels=use_kernels, paged=paged)

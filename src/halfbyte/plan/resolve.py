@@ -130,7 +130,7 @@ def resolve(
     if not fits:
         on_host, way = _decide_embedding(decided, shape, device, way)
         fits = way.memory.total <= budget(device, decided.recipe.memory_limit_gb).bytes
-    _decide_optimizer(decided, shape, device)
+    way, fits = _decide_optimizer(decided, shape, device, way, fits)
     per_epoch, total = _decide_steps(decided, rows)
     _decide_watch(decided, total, held_out)
     return Resolved(
@@ -337,15 +337,33 @@ def _upcast_reason(recipe: Recipe, shape: ModelShape, device: Device) -> str:
     )
 
 
-def _decide_optimizer(decided: Decisions, shape: ModelShape, device: Device) -> None:
-    """Paging moves optimizer state out of a full GPU; here the state is small and stays."""
+def _decide_optimizer(
+    decided: Decisions, shape: ModelShape, device: Device, way: Way, fits: bool
+) -> tuple[Way, bool]:
+    """Whether the optimizer's state is paged: where a step does not fit with it on the GPU.
+
+    Returns what a step takes then, and whether it fits.
+    """
     recipe = decided.recipe
     if recipe.training.optimizer != "paged_adamw_8bit":
-        return
+        return way, fits
     setup = setup_of(recipe, shape, device, upcast_rest=bool(recipe.quantization.upcast_rest))
     state = gigabytes(optimizer_bytes(shape, setup))
     shapes = shape.adapter_shapes(recipe.lora.r, recipe.lora.target_modules)
     largest = max(rows * columns for pair in shapes.values() for rows, columns in pair)
+    if setup.triton and not fits and largest >= PAGED_FROM:
+        decided.choices.append(
+            Choice(
+                "training.optimizer",
+                "paged_adamw_8bit",
+                "paged_adamw_8bit",
+                f"its state ({state}) lies in main memory, where a GPU reads and writes it over "
+                "the bus, since memory is short",
+            )
+        )
+        way = replace(way, memory=replace(way.memory, optimizer=0))
+        limit = budget(device, recipe.memory_limit_gb)
+        return way, way.memory.total <= limit.bytes
     same = f"the same 8-bit AdamW, its state ({state}) not paged"
     if device.kind == "cpu":
         why = "a CPU has no second memory to page to"
@@ -357,6 +375,7 @@ def _decide_optimizer(decided: Decisions, shape: ModelShape, device: Device) -> 
     else:
         why = "it is small enough to stay on the GPU, where paging would only slow it"
     decided.set("training.optimizer", "adamw_8bit", f"{same}: {why}")
+    return way, fits
 
 
 def _decide_steps(decided: Decisions, rows: int) -> tuple[int, int]:

@@ -165,7 +165,7 @@ class TrainingRecipe(Section):
     optimizer: Optimizer = Field(
         default="paged_adamw_8bit",
         description="AdamW, its moments in fp32 (`adamw`) or in bitsandbytes' 8 bits. The paged "
-        "one is the same where its state is small enough to stay on the device, as here.",
+        "one keeps them in main memory where a GPU's is short, and is the same else.",
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="Adam's β₁: how slowly its mean of the gradients moves."

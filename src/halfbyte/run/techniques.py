@@ -119,7 +119,9 @@ def _optimizer(
     if name != "adamw":
         text += f", where 32-bit moments would take {in_fp32 / 1e6:,.1f} MB"
     asked = next((c.asked for c in choices if c.key == "training.optimizer"), name)
-    if "paged" in str(asked):
+    if "paged" in name:
+        text += "; they lie in main memory, where the GPU reads and writes them"
+    elif "paged" in str(asked):
         what = (
             f"the largest trained matrix has {largest:,} elements and pages are only used from "
             f"{PAGED_FROM:,}"
