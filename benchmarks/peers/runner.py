@@ -232,16 +232,20 @@ class Runner:
     # ---- processes ---------------------------------------------------------
 
     def _own_environment(self) -> dict[str, str]:
-        path = [*self.own_path, ROOT / "benchmarks"]
-        return self._environment(path)
+        hidden = ROOT / "benchmarks" / "peers" / "hidden"
+        return self._environment([hidden, *self.own_path, ROOT / "benchmarks"])
 
     def _peer_environment(self) -> dict[str, str]:
         path = [*([self.site] if self.site else []), ROOT / "benchmarks"]
         return self._environment(path)
 
     def _environment(self, path: list[Path]) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         return {
-            **os.environ,
+            **kept,
+            # As what pip has installed: an image without byte code compiles every module that is
+            # imported, in each process again.
+            "PYTHONPYCACHEPREFIX": str(self.work / "bytecode"),
             "PYTHONPATH": os.pathsep.join(map(str, path)),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
