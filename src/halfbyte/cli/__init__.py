@@ -3,8 +3,12 @@
 
 def main() -> None:
     """The command ``halfbyte``."""
+    import os
     import sys
 
+    # PyTorch's library warns of each of its switches that it calls experimental. It reads this
+    # when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from halfbyte.cli.app import app
 
     for stream in (sys.stdout, sys.stderr):

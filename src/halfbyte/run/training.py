@@ -24,6 +24,7 @@ from halfbyte.events.types import (
 from halfbyte.loop.steps import run_steps
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
+from halfbyte.run.ahead import import_ahead
 from halfbyte.run.allocator import spare_memory
 from halfbyte.run.assembly import DECIDED_ANEW, Assembly, assemble, with_max_steps
 from halfbyte.run.determinism import deterministic
@@ -213,6 +214,8 @@ def _run(
         )
     )
     watch = Watch(assembly, trainer, record, folder)
+    if assembly.device.kind == "cuda":
+        import_ahead()
     first = 1 if resumed is None else resumed.state.step + 1
     try:
         with StopRequest(lambda name: record.tell(StopAsked(name))) as stop:
