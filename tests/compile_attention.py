@@ -10,14 +10,11 @@ on the CPU: a launch is stopped before it runs.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from halfbyte.kernels import attention as file
+from offline_compile import compile_for, compiled
 
 T, HEADS, KV_HEADS = 768, 32, 4
 CASES = (  # capability, head_dim, max_seqlen
@@ -27,32 +24,6 @@ CASES = (  # capability, head_dim, max_seqlen
     (86, 128, 2048),
     (90, 128, 2048),
 )
-
-
-class Absent:
-    """The driver of a GPU that is not here; its number is its capability."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-
-compiled: list[Any] = []
-
-
-def compile_only(kernel: JITFunction[Any], grid: Any) -> Any:
-    def launch(*args: Any, **kwargs: Any) -> None:
-        compiled.append(kernel.run(*args, grid=grid, warmup=True, **kwargs))
-
-    return launch
 
 
 def launch_all(head_dim: int, max_seqlen: int) -> None:
@@ -69,13 +40,11 @@ def launch_all(head_dim: int, max_seqlen: int) -> None:
 
 
 def main() -> None:
-    JITFunction.__getitem__ = compile_only
     for capability, head_dim, max_seqlen in CASES:
-        driver.set_active(Absent(capability))
+        compile_for(capability)
         file._roomy = lambda tensor, c=capability: divmod(c, 10) in file.ROOMY
-        compiled.clear()
         launch_all(head_dim, max_seqlen)
-        for kernel in compiled:
+        for kernel in compiled():
             ptx = kernel.asm["ptx"]
             found = {
                 "kernel": kernel.metadata.name,

@@ -10,45 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from halfbyte.kernels.gated import gated, gated_backward
 from halfbyte.kernels.nf4_dequantize import nf4_dequantize
 from halfbyte.kernels.rms_norm import rms_norm, rms_norm_backward
 from halfbyte.kernels.rope import rope_
+from offline_compile import compile_for, compiled
 
 TOKENS = 16
-
-
-class Absent:
-    """The driver of a GPU that is not here; its number is its capability."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-
-compiled: list[Any] = []
-
-
-def compile_only(kernel: JITFunction[Any], grid: Any) -> Any:
-    def launch(*args: Any, **kwargs: Any) -> None:
-        compiled.append(kernel.run(*args, grid=grid, warmup=True, **kwargs))
-
-    return launch
 
 
 def launch_all(c: torch.dtype) -> None:
@@ -85,24 +56,21 @@ def launch_all(c: torch.dtype) -> None:
 
 
 def main() -> None:
-    JITFunction.__getitem__ = compile_only
     for capability in (75, 80, 90):
-        driver.set_active(Absent(capability))
-        for c in (torch.float16,) if capability < 80 else (torch.bfloat16,):
-            compiled.clear()
-            launch_all(c)
-            for kernel in {k.hash: k for k in compiled}.values():
-                ptx = kernel.asm["ptx"]
-                found = {
-                    "kernel": kernel.metadata.name,
-                    "capability": capability,
-                    "shared": kernel.metadata.shared,
-                    "loads": sorted(set(re.findall(r"\bld\.global\S*", ptx))),
-                    "stores": sorted(set(re.findall(r"\bst\.global\S*", ptx))),
-                    "fused": len(re.findall(r"\bfma\.", ptx)),
-                    "bytes": len(kernel.asm["cubin"]),
-                }
-                print(json.dumps(found))
+        compile_for(capability)
+        launch_all(torch.float16 if capability < 80 else torch.bfloat16)
+        for kernel in compiled():
+            ptx = kernel.asm["ptx"]
+            found = {
+                "kernel": kernel.metadata.name,
+                "capability": capability,
+                "shared": kernel.metadata.shared,
+                "loads": sorted(set(re.findall(r"\bld\.global\S*", ptx))),
+                "stores": sorted(set(re.findall(r"\bst\.global\S*", ptx))),
+                "fused": len(re.findall(r"\bfma\.", ptx)),
+                "bytes": len(kernel.asm["cubin"]),
+            }
+            print(json.dumps(found))
 
 
 if __name__ == "__main__":

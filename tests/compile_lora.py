@@ -14,10 +14,7 @@ import re
 from typing import Any
 
 import torch
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
-from compile_elementwise import Absent, compile_only, compiled
 from halfbyte.kernels.dropout import apply_dropout, dropout_keys
 from halfbyte.kernels.lora_group import (
     LoraGroup,
@@ -29,6 +26,7 @@ from halfbyte.kernels.lora_group import (
     make_fold,
     part_table,
 )
+from offline_compile import compile_for, compiled
 
 COLUMNS, EXTRA = 2048, 128
 
@@ -70,15 +68,13 @@ def launch_others(c: torch.dtype) -> None:
 
 
 def main() -> None:
-    JITFunction.__getitem__ = compile_only
     for capability in (75, 80, 90):
-        driver.set_active(Absent(capability))
+        compile_for(capability)
         c = torch.float16 if capability < 80 else torch.bfloat16
-        compiled.clear()
         launch_others(c)
         if capability >= 80:
             launch_products(c)
-        for kernel in {k.hash: k for k in compiled}.values():
+        for kernel in compiled():
             found: dict[str, Any] = {
                 "kernel": kernel.metadata.name,
                 "capability": capability,

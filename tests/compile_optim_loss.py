@@ -11,43 +11,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from halfbyte.kernels.adamw import adamw_8bit_, adamw_32bit_, adamw_scalars_
 from halfbyte.kernels.cross_entropy import cross_entropy_rows_
+from offline_compile import compile_for, compiled
 
 BETAS_AND_EPS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-
-
-class AbsentGpu:
-    """Triton's driver for a GPU of a capability, numbered by it."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-
-compiled: list[Any] = []
-
-
-def compile_only(kernel: JITFunction[Any], grid: Any) -> Any:
-    def launch(*args: Any, **kwargs: Any) -> None:
-        compiled.append(kernel.run(*args, grid=grid, warmup=True, **kwargs))
-
-    return launch
 
 
 def launch_all(c: torch.dtype) -> None:
@@ -69,12 +40,10 @@ def launch_all(c: torch.dtype) -> None:
 
 
 def main() -> None:
-    JITFunction.__getitem__ = compile_only
     for capability in (75, 80, 90):
-        driver.set_active(AbsentGpu(capability))
-        compiled.clear()
+        compile_for(capability)
         launch_all(torch.float16 if capability < 80 else torch.bfloat16)
-        for kernel in {k.hash: k for k in compiled}.values():
+        for kernel in compiled():
             ptx = kernel.asm["ptx"]
             found = {
                 "kernel": kernel.metadata.name,

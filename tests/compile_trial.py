@@ -11,15 +11,12 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
-
-from compile_elementwise import Absent, compile_only, compiled
 from halfbyte.kernels.trial_base import WrongResultError
 from halfbyte.kernels.trial_cases import run_case
 from halfbyte.kernels.trial_spec import BatchShape, GroupShape, trial_tasks
 from kernel_trial_case import small_spec
 from launched_kernels import no_comparisons, without_efficient_attention
+from offline_compile import compile_for, compiled
 
 TINYLLAMA = replace(
     small_spec("element-wise"),
@@ -46,14 +43,13 @@ TINYLLAMA = replace(
 
 
 def main() -> None:
-    JITFunction.__getitem__ = compile_only
-    driver.set_active(Absent(75))
+    compile_for(75)
     without_efficient_attention()
     no_comparisons()
     for task in trial_tasks(TINYLLAMA):
         with suppress(WrongResultError):
             run_case(TINYLLAMA, task)
-    for kernel in {kernel.hash: kernel for kernel in compiled}.values():
+    for kernel in compiled():
         assert kernel.asm["cubin"]
         print(json.dumps({"kernel": kernel.metadata.name, "shared": kernel.metadata.shared}))
 

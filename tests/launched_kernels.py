@@ -21,7 +21,6 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from compile_elementwise import Absent
 from halfbyte.evaluate.held_out import held_out_loss
 from halfbyte.kernels import choice, trial_adapters, trial_base, trial_spec, trial_step
 from halfbyte.kernels.choice import PLAIN
@@ -34,6 +33,7 @@ from halfbyte.run import kernel_trial
 from halfbyte.run.assembly import Assembly, assemble
 from halfbyte.run.record import RunRecord
 from halfbyte.run.setup import load_model, make_trainer
+from offline_compile import Absent
 
 launched: set[str] = set()
 

@@ -11,6 +11,7 @@ from halfbyte.data.batching import make_batch
 from halfbyte.engine.saved import saved_bytes
 from halfbyte.events.types import Choice, Technique
 from halfbyte.model.causal import QLoRAModel
+from halfbyte.plan.resolve import PAGED_FROM
 from halfbyte.recipe import Recipe
 
 _WORDS = {
@@ -18,8 +19,6 @@ _WORDS = {
     "fp16": "float16, with the loss scaled so that small gradients do not vanish",
     "fp32": "float32 throughout",
 }
-# PagedAdamW of bitsandbytes pages the state of a parameter of at least so many elements.
-PAGED_FROM = 100_000
 
 
 def techniques(
