@@ -11,7 +11,7 @@ from halfbyte.kernels.dropout import dropout_key, keep_mask
 from halfbyte.kernels.lora_group import make_fold
 from halfbyte.quant.joined import FlatAdapter, JoinedLinear, Scratch
 from halfbyte.quant.linear import QLoRALinear
-from halfbyte.quant.nf4 import quantize_nf4
+from halfbyte.quant.nf4 import NF4Memory, quantize_nf4
 
 R, SCALE, P = 16, 2.0, 0.1
 SMALL = (33, 128, (64, 32, 32))  # tokens, columns, rows of each layer
@@ -79,6 +79,35 @@ def in_ulps(found: Tensor, exact: Tensor) -> Tensor:
     usual = exact.square().mean().sqrt()
     place = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=usual))) - 7)
     return (found.double() - exact).abs() / place
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+def test_codes_that_lie_end_to_end_are_not_copied(double: bool) -> None:
+    """And give the same weight as codes that are brought together."""
+    columns, rows = 128, (256, 128, 128)  # a scale of scales is of one layer
+    layers = layers_of(columns, rows, torch.bfloat16, "cpu", double)
+    memory = NF4Memory([columns * n for n in rows], 64, double, "cpu")
+    together = []
+    for layer in layers_of(columns, rows, torch.bfloat16, "cpu", double):
+        weight = layer.base.dequantize(torch.float32)
+        layer.base = quantize_nf4(weight, double_quant=double, memory=memory)
+        together.append(layer)
+    apart = [
+        QLoRALinear.from_weight(
+            quantize_nf4(layer.base.dequantize(torch.float32), double_quant=double),
+            None, columns, layer.out_features, torch.bfloat16,
+        )
+        for layer in layers
+    ]  # fmt: skip
+    first = together[0].base.codes.data_ptr()
+    joined, expected = join(together, PLAIN, keep=True), JoinedLinear(apart, PLAIN)
+    assert together[0].base.codes.data_ptr() == first
+    assert together[1].base.codes.data_ptr() == first + 256 * columns // 2
+    assert apart[1].base.codes.data_ptr() == apart[0].base.codes.data_ptr() + 256 * columns // 2
+    expected.keep()
+    assert joined.kept is not None
+    assert expected.kept is not None
+    assert torch.equal(joined.kept[:, :columns], expected.kept[:, :columns])
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "from NF4"])

@@ -124,6 +124,15 @@ def test_codes_scales_and_logits(folder: Path, double: bool) -> None:
         after += nf4.nbytes
         state.dtype = torch.float32
         original.weight = torch.nn.Parameter(functional.dequantize_4bit(codes, state))
+    for name, layer in linears.items():
+        # What is joined later lies side by side now, so that joining copies nothing.
+        following = linears.get(
+            name.replace("q_proj", "k_proj").replace("gate_proj", "up_proj"), layer
+        )
+        if following is not layer:
+            assert following.base.codes.data_ptr() == layer.base.codes.data_ptr() + (
+                layer.base.codes.nbytes
+            )
     assert loaded.bytes_after == after
     assert loaded.bytes_before == sum(2 * m.weight.numel() for m in originals.values())
 

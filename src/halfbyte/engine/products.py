@@ -93,16 +93,18 @@ def _faster(group: Sequence[JoinedLinear], tokens: int, backward: bool) -> str:
     x = x.to(first.dtype)
     # One after another through all layers, as a pass meets them: none finds its weight in cache.
     weights = [joined.weight_memory for joined in group]
+    out = x.new_empty(tokens, first.width if backward else first.rows)
     times = {}
     for library in LIBRARIES:
         with use_library(library):
-            times[library] = _milliseconds(lambda: _multiply(x, weights, backward))
+            times[library] = _milliseconds(lambda: _multiply(x, weights, out, backward))
+    torch.cuda.empty_cache()  # each graph had memory of its own for work space
     return LIBRARIES[1] if times[LIBRARIES[1]] < _MARGIN * times[LIBRARIES[0]] else LIBRARIES[0]
 
 
-def _multiply(x: Tensor, weights: Sequence[Tensor], backward: bool) -> None:
+def _multiply(x: Tensor, weights: Sequence[Tensor], out: Tensor, backward: bool) -> None:
     for weight in weights:
-        torch.mm(x, weight if backward else weight.t())
+        torch.mm(x, weight if backward else weight.t(), out=out)
 
 
 def _milliseconds(run: Callable[[], None]) -> float:

@@ -39,6 +39,8 @@ CODE_BOOK = (
     0.7229568362236023,
     1.0,
 )
+# Of the borders between codes those that differ in bitsandbytes' CUDA code, by index.
+_CUDA_BORDERS = {0: -0.84809643, 8: 0.120255254, 12: 0.5016634, 14: 0.8614784}
 SCALES_PER_BLOCK = 256  # scales that share a scale of their own
 
 # Elements worked on at once: what is made on the way (fp32 values, indices) stays under 100 MB.
@@ -51,9 +53,18 @@ def _code_book(device: torch.device) -> Tensor:
 
 
 @cache
-def _borders(device: torch.device) -> Tensor:
-    book = _code_book(device)
-    return (book[:-1] + book[1:]) / 2
+def _borders(kind: str) -> Tensor:
+    """Midpoints of the code book's values, fp32 [15] on the CPU, as a ``kind`` of device has them.
+
+    Four of them lie half-way between two fp32 numbers, and of those bitsandbytes' CUDA code has
+    the other one than PyTorch's arithmetic, which its CPU code has.
+    """
+    book = _code_book(torch.device("cpu"))
+    borders = (book[:-1] + book[1:]) / 2
+    if kind == "cuda":
+        for index, value in _CUDA_BORDERS.items():
+            borders[index] = value
+    return borders
 
 
 @cache
@@ -72,7 +83,7 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     """
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
-    borders = _borders(torch.device("cpu"))
+    borders = _borders(device.type)
     low, high = torch.bucketize(torch.stack([ends.amin(dim=0), ends.amax(dim=0)]), borders)
     assert int((high - low).max()) <= 1
     border = torch.where(high > low, borders[low.clamp(max=14)], torch.inf)
@@ -115,16 +126,30 @@ def _approximate_inverse(x, out, n, BLOCK: tl.constexpr):  # type: ignore[no-unt
     tl.store(out + at, inverse, mask=at < n)
 
 
-def quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def code_count(n: int) -> int:
+    """Bytes of the codes of ``n`` weights."""
+    return (n + 1) // 2
+
+
+def block_count(n: int, block_size: int) -> int:
+    """Blocks of ``n`` weights, each with a scale."""
+    return -(-n // block_size)
+
+
+def quantize_blocks(
+    weight: Tensor, block_size: int, codes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``weight`` (fp32, bf16 or fp16, any shape) → codes uint8 [⌈n/2⌉], absmax fp32 [⌈n/block⌉].
 
-    ``block_size`` is even; the last block may be shorter.
+    ``block_size`` is even; the last block may be shorter. ``codes`` is where they are put, by
+    default in memory of their own.
     """
     flat = weight.reshape(-1)
     n = flat.numel()
     on_gpu = flat.device.type == "cuda"
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
+    if codes is None:
+        codes = torch.empty(code_count(n), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(block_count(n, block_size), dtype=torch.float32, device=flat.device)
     step = _CHUNK // block_size * block_size
     for start in range(0, n, step):
         chunk = flat[start : start + step].float()

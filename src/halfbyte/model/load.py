@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from halfbyte.model.skeleton import build_skeleton, make_buffers, quantized_line
 from halfbyte.model.source import ModelSource
 from halfbyte.model.wording import some
 from halfbyte.quant.linear import QLoRALinear
-from halfbyte.quant.nf4 import quantize_nf4
+from halfbyte.quant.nf4 import NF4Memory, quantize_nf4
 from halfbyte.recipe.schema import QuantizationRecipe
 
 _RELEASE_EVERY = 32 << 20  # bytes of 16-bit weights
@@ -60,10 +60,13 @@ def load_base(
     _require_complete(model, source)
     parameters = sum(p.numel() for p in model.parameters())
     before = after = unreleased = 0
-    for name, linear in linears.items():
+    for name, linear, memory in _with_memory(linears, quantization, device):
         weight = _read(source, f"{name}.weight", linear.weight).to(device)
         nf4 = quantize_nf4(
-            weight, block_size=quantization.block_size, double_quant=quantization.double_quant
+            weight,
+            block_size=quantization.block_size,
+            double_quant=quantization.double_quant,
+            memory=memory,
         )
         del weight
         bias = None
@@ -84,6 +87,21 @@ def load_base(
     make_buffers(model, device)
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     return LoadedBase(model, parameters, before, after, sum(kept.values()), len(linears))
+
+
+def _with_memory(
+    linears: dict[str, nn.Linear], quantization: QuantizationRecipe, device: str
+) -> Iterator[tuple[str, nn.Linear, NF4Memory]]:
+    """Name, layer, and where its codes go: next to those of its module, with which it may be
+    joined."""
+    modules: dict[str, list[str]] = {}
+    for name in linears:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in modules.values():
+        sizes = [linears[name].weight.numel() for name in names]
+        memory = NF4Memory(sizes, quantization.block_size, quantization.double_quant, device)
+        for name in names:
+            yield name, linears[name], memory
 
 
 def _untie_what_differs(model: Any, source: ModelSource) -> None:

@@ -59,8 +59,8 @@ class FlatAdapter:
 class JoinedLinear:
     """``layers`` with the same input as one product.
 
-    Their NF4 codes are moved end to end, and ``layer.base`` becomes a view of its part, so nothing
-    is stored twice and each layer works by itself as before.
+    Their NF4 codes are moved end to end, if they are not loaded so, and ``layer.base`` becomes a
+    view of its part: nothing is stored twice and each layer works by itself as before.
     """
 
     def __init__(self, layers: Sequence[QLoRALinear], kernels: Kernels) -> None:
@@ -251,10 +251,9 @@ def _piece(bases: Sequence[NF4Weight], first_row: int, rows: int) -> _Piece:
         at += base.absmax.numel()
     nested = [base.nested for base in bases if base.nested is not None]
     offsets = [base.offset for base in bases if base.offset is not None]
-    one = len(bases) == 1
     return _Piece(
-        codes=bases[0].codes if one else torch.cat([base.codes for base in bases]),
-        absmax=bases[0].absmax if one else torch.cat([base.absmax for base in bases]),
+        codes=_end_to_end([base.codes for base in bases]),
+        absmax=_end_to_end([base.absmax for base in bases]),
         nested=torch.cat(nested) if nested else None,
         offsets=torch.stack(offsets) if offsets else None,
         part_blocks=tuple(starts),
@@ -275,3 +274,14 @@ def _joined_bias(layers: Sequence[QLoRALinear]) -> Tensor | None:
             for layer in layers
         ]
     )
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` as one tensor: where they lie, if that is one after another, else copied."""
+    first, at = parts[0], parts[0].storage_offset()
+    memory = first.untyped_storage()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != memory.data_ptr() or part.storage_offset() != at:
+            return torch.cat(list(parts))
+        at += part.numel()
+    return first.as_strided((at - first.storage_offset(),), (1,))

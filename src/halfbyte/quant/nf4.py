@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.nf4 import (
+    block_count,
+    code_count,
     dequantize_blocks,
     dequantize_scales,
     quantize_blocks,
@@ -67,11 +70,47 @@ class NF4Weight:
         return NF4Weight(shape=self.shape, block_size=self.block_size, **moved)
 
 
-def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
-    """``weight`` (fp32, bf16 or fp16) in NF4 on its own device."""
-    codes, absmax = quantize_blocks(weight, block_size)
-    shape = tuple(weight.shape)
-    if not double_quant:
-        return NF4Weight(codes, absmax, shape, block_size)
-    small, nested, offset = quantize_scales(absmax)
-    return NF4Weight(codes, small, shape, block_size, nested, offset)
+class NF4Memory:
+    """Codes and scales of several weights end to end, which is how a joined product wants them.
+
+    Weights that are joined later would leave holes between those that are not.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], block_size: int, double_quant: bool, device: torch.device | str
+    ) -> None:
+        """For weights of so many elements each, in the order in which they are taken."""
+        scale = torch.uint8 if double_quant else torch.float32
+        self._codes = torch.empty(
+            sum(code_count(n) for n in sizes), dtype=torch.uint8, device=device
+        )
+        self._absmax = torch.empty(
+            sum(block_count(n, block_size) for n in sizes), dtype=scale, device=device
+        )
+        self._taken = [0, 0]
+
+    def take(self, codes: int, blocks: int) -> tuple[Tensor, Tensor]:
+        """The next so many codes and scales."""
+        code, block = self._taken
+        self._taken = [code + codes, block + blocks]
+        return self._codes[code : code + codes], self._absmax[block : block + blocks]
+
+
+def quantize_nf4(
+    weight: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    memory: NF4Memory | None = None,
+) -> NF4Weight:
+    """``weight`` (fp32, bf16 or fp16) in NF4 on its own device, in ``memory`` if it is given."""
+    n = weight.numel()
+    codes = absmax = None
+    if memory is not None:
+        codes, absmax = memory.take(code_count(n), block_count(n, block_size))
+    codes, scales = quantize_blocks(weight, block_size, codes)
+    nested = offset = None
+    if double_quant:
+        scales, nested, offset = quantize_scales(scales)
+    absmax = scales if absmax is None else absmax.copy_(scales)
+    return NF4Weight(codes, absmax, tuple(weight.shape), block_size, nested, offset)
