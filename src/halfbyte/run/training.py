@@ -24,7 +24,7 @@ from halfbyte.events.types import (
 from halfbyte.loop.steps import run_steps
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
-from halfbyte.run.ahead import import_ahead
+from halfbyte.run.ahead import import_ahead, key_ahead
 from halfbyte.run.allocator import spare_memory
 from halfbyte.run.assembly import DECIDED_ANEW, Assembly, assemble, with_max_steps
 from halfbyte.run.determinism import deterministic
@@ -110,6 +110,8 @@ def train(
         )
         if resumed is not None and resumed.strategy is None:
             record(Warned(f"{folder / STRATEGY_FILE} cannot be read: {DECIDED_ANEW}"))
+        if torch.cuda.is_available():
+            key_ahead()
         assembly = assemble(
             recipe,
             record,
@@ -243,9 +245,9 @@ def _run(
     if last < resolved.steps:
         record(Interrupted(last, stop.name))
         return Run.make(folder, interrupted=True)
-    end_run(assembly, trainer, watch, record, folder)
+    drawn = end_run(assembly, trainer, watch, record, folder)
     record(Finished(last, time.time() - began))
-    return Run.make(folder, interrupted=False)
+    return Run.make(folder, interrupted=False, drawn=drawn.result() if drawn else None)
 
 
 def _bytes_written(trainer: Trainer, keep_last: int) -> int:
