@@ -19,7 +19,7 @@ from halfbyte.model.causal import QLoRAModel
 TOKENS_AT_ONCE = 2048
 # The same where memory allows a copy of all weights, of which this is a small part: a GPU's
 # passes cost their launches, and the original weights are read from the disk once a pass.
-TOKENS_AT_ONCE_ROOMY = 16_384
+TOKENS_AT_ONCE_ROOMY = 8192
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def unquantized_loss(
     before it runs and loses it after, so that one of them is in memory at a time; passes are
     long, since each of them reads the whole model.
     """
-    tokens_at_once = min(4 * _tokens_at_once(model), 2 * TOKENS_AT_ONCE_ROOMY)
+    tokens_at_once = 4 * _tokens_at_once(model)
     with model.adapter_on(False), _original_weights(model, read):
         return held_out_loss(model, rows, tokens_at_once=tokens_at_once)
 

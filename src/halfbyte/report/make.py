@@ -15,7 +15,7 @@ from halfbyte.report.html import to_html
 from halfbyte.report.markdown import to_markdown
 from halfbyte.report.page_one import page_one, state
 from halfbyte.report.pdf import print_pdf
-from halfbyte.report.plots import Plot, plots
+from halfbyte.report.plots import plots
 from halfbyte.report.sections import objective, sections
 from halfbyte.report.story import Story, read_story
 
@@ -30,20 +30,18 @@ class ReportFiles:
     plots: list[Path] = field(default_factory=list)
 
 
-def make_report(
-    folder: Path, *, pdf: bool = False, drawn: dict[str, Plot] | None = None
-) -> ReportFiles:
+def make_report(folder: Path, *, pdf: bool = False) -> ReportFiles:
     """Write the report of the run in ``folder`` into it, from its records alone.
 
     ``report.md``, ``report.html`` and ``plots/*.png``, each replaced whole or not at all; the same
-    records give the same bytes. With ``pdf`` also ``report.pdf``; ``drawn`` are the plots, where
-    they are there already. Works for a run in any state. Raises RunError where there is no run,
-    where it cannot be written, and where a PDF is asked for and there is no Chromium.
+    records give the same bytes. With ``pdf`` also ``report.pdf``. Works for a run in any state.
+    Raises RunError where there is no run, where it cannot be written, and where a PDF is asked
+    for and there is no Chromium.
     """
     folder = Path(folder)
     story = read_story(folder)
     document = report_document(story)
-    drawn = plots(story) if drawn is None else drawn
+    drawn = plots(story)
     files = ReportFiles(
         markdown=folder / "report.md",
         html=folder / "report.html",

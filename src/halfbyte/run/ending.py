@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,23 +25,16 @@ from halfbyte.export.adapter_folder import write_adapter_folder
 from halfbyte.export.model_card import model_card
 from halfbyte.generate.answer import answer
 from halfbyte.model.adapter_files import read_adapter
-from halfbyte.run.ahead import draw_ahead
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
 from halfbyte.run.setup import Trainer
 from halfbyte.run.watch import Watch
 
-if TYPE_CHECKING:
-    from halfbyte.report.plots import Plot
-
 
 def end_run(
     assembly: Assembly, trainer: Trainer, watch: Watch, record: RunRecord, folder: Path
-) -> Future[dict[str, Plot]] | None:
-    """Keep an adapter, save and check it, answer prompts with and without it.
-
-    Returns the plots that are drawn meanwhile, where there is a GPU to answer.
-    """
+) -> None:
+    """Keep an adapter, save and check it, answer prompts with and without it."""
     kept = _keep(assembly, trainer, watch)
     record(kept)
     if assembly.data.held_out and assembly.recipe.evaluation.base_loss:
@@ -53,14 +44,12 @@ def end_run(
     with record.phase("save"):
         _save(assembly, trainer, folder, kept)
     record(_read_again(assembly, trainer, folder))
-    drawn = draw_ahead(folder) if assembly.device.kind == "cuda" else None
     with record.phase("answers"):
         _answer_prompts(assembly, trainer, record)
     for path in sorted([*(folder / "adapter").rglob("*"), folder / "recipe.yaml"]):
         if path.is_file():
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             record(Artifact(str(path.relative_to(folder)), path.stat().st_size, digest))
-    return drawn
 
 
 def _keep(assembly: Assembly, trainer: Trainer, watch: Watch) -> Kept:

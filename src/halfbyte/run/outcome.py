@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.events import read_events
 from halfbyte.events.types import Evaluated, Step
-
-if TYPE_CHECKING:
-    from halfbyte.report.plots import Plot
 
 
 @dataclass(frozen=True)
@@ -22,11 +18,11 @@ class Run:
     step: int  # the last one finished
 
     @classmethod
-    def make(cls, folder: Path, *, interrupted: bool, drawn: dict[str, Plot] | None = None) -> Run:
-        """Write the report of ``folder`` and describe it; its plots may be ``drawn`` already."""
+    def make(cls, folder: Path, *, interrupted: bool) -> Run:
+        """Write the report of ``folder`` and describe it."""
         from halfbyte.report import make_report
 
-        make_report(folder, drawn=drawn)
+        make_report(folder)
         steps = [r.event.step for r in read_events(folder) if isinstance(r.event, Step)]
         return cls(folder, interrupted, max(steps, default=0))
 

@@ -245,9 +245,9 @@ def _run(
     if last < resolved.steps:
         record(Interrupted(last, stop.name))
         return Run.make(folder, interrupted=True)
-    drawn = end_run(assembly, trainer, watch, record, folder)
+    end_run(assembly, trainer, watch, record, folder)
     record(Finished(last, time.time() - began))
-    return Run.make(folder, interrupted=False, drawn=drawn.result() if drawn else None)
+    return Run.make(folder, interrupted=False)
 
 
 def _bytes_written(trainer: Trainer, keep_last: int) -> int:
