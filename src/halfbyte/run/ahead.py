@@ -39,4 +39,3 @@ def _import() -> None:
 def _triton_key() -> None:
     with suppress(Exception):  # no public name of Triton's, and not there without it
         importlib.import_module("triton.runtime.cache").triton_key()
-
