@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from halfbyte.data.columns import cell_text, find_columns, guess_columns, rows_of
+from halfbyte.data.example import Example
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import ColumnsRecipe, DataRecipe
@@ -136,5 +137,5 @@ def test_cells_that_are_none(value: Any, kind: str) -> None:
     with pytest.raises(DataError, match=rf"^d\.json, row 2, column question: .* holds {kind} "):
         rows_of(whole, columns, "d.json")
     assert rows_of(Table(whole.columns, [{"answer": 1}]), columns, "d.json") == [
-        {"instruction": "", "input": "", "output": "1"}
+        Example.question_and_answer(0, "", "", "1")
     ]

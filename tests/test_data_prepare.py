@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from halfbyte.data.example import Example
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.errors import DataError
 from halfbyte.recipe import Recipe
@@ -66,8 +67,8 @@ def test_the_audit_counts_what_a_loop_over_tokens_counts(tokenizer: Any, tmp_pat
     assert audit.rows_used + audit.rows_held_out + sum(audit.rows_dropped.values()) == 40
     assert numbers(found.train + found.held_out) != list(range(40))
     assert set(numbers(found.train + found.held_out)) == set(range(40)) - {3, 7, 12}
-    assert [tuple(r.values()) for r in found.held_out_rows] == [
-        tuple(rows[n].values()) for n in numbers(found.held_out)
+    assert found.held_out_rows == [
+        Example.question_and_answer(n, *rows[n].values()) for n in numbers(found.held_out)
     ]
     whole = {
         n: tokenizer.apply_chat_template(
@@ -193,7 +194,7 @@ def test_rows_held_out_from_a_file_of_their_own(tokenizer: Any, tmp_path: Path) 
     rows = [row(n) for n in range(1000, 1030)]
     found = prepared(tokenizer, tmp_path, rows, held_out_path=str(other))
     assert (len(found.train), numbers(found.held_out)) == (30, list(range(200)))
-    assert found.held_out_rows[5] == row(5)
+    assert found.held_out_rows[5] == Example.question_and_answer(5, *row(5).values())
     three = prepared(tokenizer, tmp_path, rows, held_out_path=str(other), held_out=3, limit=20)
     assert (len(three.train), numbers(three.held_out)) == (20, [0, 1, 2])
     with pytest.raises(DataError, match="there is no data file"):

@@ -42,7 +42,7 @@ def test_held_out_rows_do_not_train(prepared: Prepared) -> None:
     assert not trained & held_out
     assert trained | held_out == set(range(len(lines)))
     answers = {json.loads(lines[i])["output"] for i in trained}
-    assert all(row["output"] not in answers for row in prepared.held_out_rows)
+    assert all(row.answer not in answers for row in prepared.held_out_rows)
 
 
 def test_the_rows_are_trained_whole_and_few_enough(prepared: Prepared) -> None:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from halfbyte.data.example import Example
 from halfbyte.data.template import Template, make_template
 from halfbyte.data.text_template import parse_format
 from halfbyte.data.tokenize import tokenize_rows
@@ -48,13 +49,17 @@ def llama(shared: Path) -> Any:
     return llama_tokenizer(shared / "data" / "llama-tokenizer" / "tokenizer.model")
 
 
+def row_of(instruction: str, input: str, output: str) -> Example:
+    return Example.question_and_answer(0, instruction, input, output)
+
+
 def template_of(tokenizer: Any, template: str, **data: Any) -> Template:
     return make_template(DataRecipe(path="x.json", template=template, **data), tokenizer)[0]
 
 
-def trained_ids(template: Template, tokenizer: Any, row: dict[str, str]) -> tuple[list, list]:
+def trained_ids(template: Template, tokenizer: Any, row: Example) -> tuple[list, list]:
     """The ids of the prompt and of the rest, as training has them."""
-    segments = template.segments(row, learn_all=False)
+    segments = template.segments(row, "answer")
     [whole] = tokenize_rows(tokenizer, [segments], [0])
     at = int(whole.loss_mask.argmax())
     ids = whole.input_ids.tolist()
@@ -121,7 +126,7 @@ def test_the_chat_template_renders_the_trained_prompt_token_for_token(
     if model == "llama":
         tokenizer.chat_template = NO_BOS
     template = template_of(tokenizer, **FORMATS[name])
-    row = {"instruction": instruction, "input": input, "output": "Answer."}
+    row = row_of(instruction, input, "Answer.")
     prompt, answer = trained_ids(template, tokenizer, row)
     user = {"role": "user", "content": template.question(row)}
     assert rendered(tokenizer, template, [user]) == prompt
@@ -132,12 +137,12 @@ def test_the_chat_template_renders_the_trained_prompt_token_for_token(
 
 
 def test_a_row_in_each_format(tiny: Any) -> None:
-    both = {"instruction": "Add.", "input": "1, 2", "output": "3"}
-    alone = both | {"input": ""}
+    both = row_of("Add.", "1, 2", "3")
+    alone = row_of("Add.", "", "3")
     assert template_of(tiny, CHATDOCTOR).prompt(both) == (
         "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### output:\n"
     )
-    assert template_of(tiny, CHATDOCTOR, instruction=DOCTOR).prompt(alone | {"input": "Hm."}) == (
+    assert template_of(tiny, CHATDOCTOR, instruction=DOCTOR).prompt(row_of("Add.", "Hm.", "3")) == (
         f"### Instruction:\n{DOCTOR}\n\n### Input:\nHm.\n\n### output:\n"
     )
     assert template_of(tiny, "plain").prompt(both) == "Add.\n\n1, 2\n\n"
@@ -161,8 +166,8 @@ def test_a_row_in_each_format(tiny: Any) -> None:
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_the_end_is_learned_and_written_once(tiny: Any, name: str) -> None:
     template = template_of(tiny, **FORMATS[name])
-    row = {"instruction": "Say one.", "input": "Now.", "output": "One."}
-    segments = template.segments(row, learn_all=False)
+    row = row_of("Say one.", "Now.", "One.")
+    segments = template.segments(row, "answer")
     text = "".join(segment.text for segment in segments)
     end = "\n" if template.name == "chat" else ""
     assert text == template.prompt(row) + "One.<|im_end|>" + end
@@ -170,16 +175,16 @@ def test_the_end_is_learned_and_written_once(tiny: Any, name: str) -> None:
     at = found.input_ids.tolist().index(tiny.eos_token_id, len(trained_ids(template, tiny, row)[0]))
     assert found.loss_mask[at]
     if template.name != "chat":
-        ended = template.segments(row | {"output": "One.<|im_end|>"}, learn_all=False)
+        ended = template.segments(row_of("Say one.", "Now.", "One.<|im_end|>"), "answer")
         assert "".join(segment.text for segment in ended) == text
-    learned = tokenize_rows(tiny, [template.segments(row, learn_all=True)], [0])[0].loss_mask
+    learned = tokenize_rows(tiny, [template.segments(row, "all")], [0])[0].loss_mask
     assert learned[1:].all()
     assert not learned[0]
 
 
 def test_a_system_message_takes_the_place_of_the_instruction(llama: Any) -> None:
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1, 2"}]
-    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    row = row_of("Add.", "1, 2", "3")
     for data in (
         {"template": "alpaca"},
         {"template": CHATDOCTOR},
@@ -194,7 +199,7 @@ def test_a_system_message_takes_the_place_of_the_instruction(llama: Any) -> None
 def test_the_models_own_default_system_message_stays(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = WITH_DEFAULT_SYSTEM
-    row = {"instruction": "Hi.", "input": "", "output": "Ho."}
+    row = row_of("Hi.", "", "Ho.")
     template = template_of(tokenizer, "chat")
     assert template.chat_template() == WITH_DEFAULT_SYSTEM
     assert template.prompt(row).startswith("<|im_start|>system\nYou help.<|im_end|>\n")
@@ -209,7 +214,7 @@ def test_the_models_own_default_system_message_stays(tiny_model: Path) -> None:
 
 
 def test_a_template_that_writes_the_beginning_gets_no_second(llama: Any) -> None:
-    row = {"instruction": " Hi. ", "input": "", "output": " Ho. "}
+    row = row_of(" Hi. ", "", " Ho. ")
     llama.chat_template = WRITES_BOS
     template = template_of(llama, "chat")
     prompt, answer = trained_ids(template, llama, row)
@@ -226,7 +231,7 @@ def test_a_template_with_the_date_renders_the_same_every_day(tiny_model: Path) -
         '{% if strftime_now is defined %}{% set day = strftime_now("%d %b %Y") %}{% endif %}'
         "{{ 'Today: ' + day + ';' }}" + WITH_DEFAULT_SYSTEM
     )
-    row = {"instruction": "Hi.", "input": "", "output": "Ho."}
+    row = row_of("Hi.", "", "Ho.")
     template = template_of(tokenizer, "chat")
     assert template.prompt(row).startswith("Today: 26 Jul 2024;<|im_start|>system")
     user = [{"role": "user", "content": "Hi."}]
@@ -245,7 +250,7 @@ def test_auto_is_chat_where_the_model_has_one(tiny: Any, tiny_model: Path) -> No
     assert "no chat template" in choice.reason
     # Before a model is named rows can be looked at all the same.
     template, _ = make_template(DataRecipe(path="x"))
-    assert template.prompt({"instruction": "Hi.", "input": "", "output": ""}).endswith(
+    assert template.prompt(row_of("Hi.", "", "")).endswith(
         "### Instruction:\nHi.\n\n### Response:\n"
     )
 
@@ -276,7 +281,7 @@ def test_what_does_not_fit_the_template_is_an_error(tiny_model: Path) -> None:
     with pytest.raises(DataError, match="needs both"):
         template_of(tokenizer, "Q: {instruction}\nA: {output}", instruction=DOCTOR)
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
-    row = {"instruction": "Hi.", "input": "", "output": "Ho."}
+    row = row_of("Hi.", "", "Ho.")
     with pytest.raises(DataError, match="no system role here"):
         template_of(tokenizer, "chat").prompt(row)
     tokenizer.chat_template = (
@@ -286,7 +291,7 @@ def test_what_does_not_fit_the_template_is_an_error(tiny_model: Path) -> None:
     with pytest.raises(
         DataError, match=r"otherwise once its answer follows \('<think>' becomes 'H"
     ):
-        template_of(tokenizer, "chat").segments(row, learn_all=False)
+        template_of(tokenizer, "chat").segments(row, "answer")
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="the model has no chat template"):
         template_of(tokenizer, "chat")

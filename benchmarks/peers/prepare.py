@@ -78,14 +78,14 @@ def make_rows(data: Path, model: Path, rows: int, batch: int, steps: int) -> dic
     if len(prepared.train) != rows:
         raise SystemExit(f"{data} gives {len(prepared.train)} rows to train, and not {rows}")
     read = read_split(recipe.data)
-    by_number = dict(zip(read.numbers, read.rows, strict=True))
+    by_number = {example.row: example for example in read.rows}
     batches = Batches(prepared.train, batch, 1, recipe.seed)
     texts, ids, tokens, labels = [], [], [], []
     for number in range(1, -(-steps // batches.steps_per_epoch) * batches.steps_per_epoch + 1):
         epoch, at = divmod(number - 1, batches.steps_per_epoch)
         step = [prepared.train[i] for i in batches.order(epoch)[at * batch : (at + 1) * batch]]
         for row in step:
-            segments = prepared.template.segments(by_number[row.row], learn_all=True)
+            segments = prepared.template.segments(by_number[row.row], "all")
             text = "".join(segment.text for segment in segments)
             if source.tokenizer(text)["input_ids"][: prepared.max_length] != list(row.input_ids):
                 raise SystemExit(f"row {row.row}: its text gives a peer other tokens")

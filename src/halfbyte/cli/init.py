@@ -12,6 +12,7 @@ from halfbyte.errors import RecipeError
 
 if TYPE_CHECKING:
     from halfbyte.cli.display import Display
+    from halfbyte.data.example import Example
     from halfbyte.data.template import Template
 
 # Real weights that need no account; anybody with a GPU will name a larger one.
@@ -81,7 +82,7 @@ def _tokenizer(model: object, display: Display) -> object:
         return open_model(model).tokenizer  # type: ignore[arg-type]
 
 
-def _show_rows(display: Display, template: Template, rows: list[dict[str, str]]) -> None:
+def _show_rows(display: Display, template: Template, rows: list[Example]) -> None:
     from rich.text import Text
 
     from halfbyte.cli.blocks import Block, row_text, sample_legend
@@ -89,7 +90,7 @@ def _show_rows(display: Display, template: Template, rows: list[dict[str, str]])
     legend = Text("as trained: ").append_text(sample_legend(colour=display.colour))
     display.block(Block("format", [template.name, legend]))
     for number, row in enumerate(rows, 1):
-        runs = [(s.text, s.learn) for s in template.segments(row, learn_all=False)]
+        runs = [(s.text, s.learn) for s in template.segments(row, "answer")]
         text = row_text(runs, colour=display.colour)
         display.block(Block(f"row {number}", list(text.split("\n"))), "dim")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from halfbyte.data.batch import Segment, TokenizedRow
+from halfbyte.data.example import Example
 from halfbyte.data.tokenize import leading_ids, tokenize_rows
 
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -67,8 +68,8 @@ def sample_of(
 
 
 def warnings_of(
-    rows: Sequence[Mapping[str, str]],
-    held_out: Sequence[Mapping[str, str]],
+    rows: Sequence[Example],
+    held_out: Sequence[Example],
     tokenized: Sequence[TokenizedRow],
     tokenizer: Any,
     *,
@@ -90,8 +91,8 @@ def warnings_of(
     same = _duplicates(rows)
     if same >= max(2, MANY_EQUAL * count):
         found.append(f"{same:,} of {count:,} rows that train are copies of an earlier one.")
-    seen = {tuple(row.values()) for row in rows} if held_out else set()
-    known = sum(tuple(row.values()) in seen for row in held_out)
+    seen = {_content(row) for row in rows} if held_out else set()
+    known = sum(_content(row) in seen for row in held_out)
     if known:
         found.append(
             f"{known:,} of {len(held_out):,} held-out rows are also among the rows that train, so "
@@ -102,11 +103,11 @@ def warnings_of(
             "the tokenizer names no end-of-sequence token, so the model does not learn to end its "
             "answers."
         )
-    asked_nothing = sum(not any(row[field].strip() for field in reads) for row in rows)
+    asked_nothing = sum(not any(_part(row, field).strip() for field in reads) for row in rows)
     if asked_nothing:
         found.append(f"{asked_nothing:,} of {count:,} rows have an answer and no question.")
     for field in ("instruction", "input"):
-        left_out = 0 if field in reads else sum(bool(row[field]) for row in rows)
+        left_out = 0 if field in reads else sum(bool(_part(row, field)) for row in rows)
         if left_out:
             found.append(
                 f"{left_out:,} of {count:,} rows have an {field}, for which the template has no "
@@ -143,12 +144,22 @@ def border_warning(
     ]
 
 
-def _duplicates(rows: Sequence[Mapping[str, str]]) -> int:
-    counts = Counter(hash(tuple(row.values())) for row in rows)
+def _content(row: Example) -> tuple[str | None, ...]:
+    """All that makes two rows copies of one another."""
+    return (row.text, row.instruction, row.input, *(f"{m.role} {m.content}" for m in row.messages))
+
+
+def _part(row: Example, field: str) -> str:
+    part = row.instruction if field == "instruction" else row.input
+    return part or ""
+
+
+def _duplicates(rows: Sequence[Example]) -> int:
+    counts = Counter(hash(_content(row)) for row in rows)
     return sum(number - 1 for number in counts.values())
 
 
-def _special_tokens_in(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> list[str]:
+def _special_tokens_in(rows: Sequence[Example], tokenizer: Any) -> list[str]:
     """The rows' own text must not hold what ends or begins a turn."""
     special = [token for token in tokenizer.all_special_tokens if token]
     if not special:
@@ -158,7 +169,9 @@ def _special_tokens_in(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> lis
         match[0]
         for row in rows
         if (
-            match := pattern.search("\n".join(row.values()).removesuffix(tokenizer.eos_token or ""))
+            match := pattern.search(
+                f"{row.asked}\n{row.answer}".removesuffix(tokenizer.eos_token or "")
+            )
         )
     ]
     if not hits:

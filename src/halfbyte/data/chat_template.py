@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
 from halfbyte.data.batch import Segment
+from halfbyte.data.example import Example
 from halfbyte.data.tokenize import leading_text
 from halfbyte.errors import DataError
+from halfbyte.recipe.schema import LossOn
 
 # What Llama 3's own template falls back to.
 PINNED = date(2024, 7, 26)
@@ -69,17 +70,17 @@ class ModelChat:
     def reads(self) -> frozenset[str]:
         return frozenset(["instruction", "input"] if self._instruction is None else ["input"])
 
-    def question(self, row: Mapping[str, str]) -> str:
-        instruction = row["instruction"] if self._instruction is None else self._instruction
-        return "\n\n".join(part for part in (instruction, row["input"]) if part)
+    def question(self, example: Example) -> str:
+        instruction = example.instruction if self._instruction is None else self._instruction
+        return "\n\n".join(part for part in (instruction, example.input) if part)
 
-    def prompt(self, row: Mapping[str, str]) -> str:
-        return self._render(self._messages(row), generate=True)
+    def prompt(self, example: Example) -> str:
+        return self._render(self._messages(example), generate=True)
 
-    def segments(self, row: Mapping[str, str], *, learn_all: bool) -> list[Segment]:
-        messages = self._messages(row)
+    def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
+        messages = self._messages(example)
         prompt = self._render(messages, generate=True)
-        answered = [*messages, {"role": "assistant", "content": row["output"]}]
+        answered = [*messages, {"role": "assistant", "content": example.answer}]
         whole = self._render(answered, generate=False)
         if not whole.startswith(prompt):
             at = 0
@@ -90,7 +91,7 @@ class ModelChat:
                 f"({prompt[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so that what was "
                 f"trained would not be what is prompted; {ELSE}."
             )
-        return [Segment(prompt, learn_all), Segment(whole[len(prompt) :], True)]
+        return [Segment(prompt, loss_on == "all"), Segment(whole[len(prompt) :], True)]
 
     def chat_template(self) -> str:
         """The model's own, with the recipe's system message as its default.
@@ -113,8 +114,8 @@ class ModelChat:
             parts.append(f"{{{{- {lead or repr('')} }}}}")
         return "".join([*parts, self._own])
 
-    def _messages(self, row: Mapping[str, str]) -> list[dict[str, str]]:
-        user = {"role": "user", "content": self.question(row)}
+    def _messages(self, example: Example) -> list[dict[str, str]]:
+        user = {"role": "user", "content": self.question(example)}
         if self._system is None:
             return [user]
         return [{"role": "system", "content": self._system}, user]

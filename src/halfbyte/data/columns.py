@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
 
+from halfbyte.data.example import Example
 from halfbyte.data.table import Cells, Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import DataRecipe
@@ -179,8 +180,8 @@ def find_columns(data: DataRecipe, table: Table) -> Columns:
     return guessed
 
 
-def rows_of(table: Table, columns: Columns, source: str) -> list[dict[str, str]]:
-    """The rows as text: instruction, input and output, each empty where there is none."""
+def rows_of(table: Table, columns: Columns, source: str) -> list[Example]:
+    """The rows as questions and answers; a part that a row lacks is empty."""
     instruction, input, output = columns.instruction, columns.input, columns.output
 
     def text(row: Cells, column: str | None, number: int) -> str:
@@ -190,11 +191,12 @@ def rows_of(table: Table, columns: Columns, source: str) -> list[dict[str, str]]
         return value if isinstance(value, str) else cell_text(value, source, number, column)
 
     return [
-        {
-            "instruction": text(row, instruction, number),
-            "input": text(row, input, number),
-            "output": text(row, output, number),
-        }
+        Example.question_and_answer(
+            number - 1,
+            text(row, instruction, number),
+            text(row, input, number),
+            text(row, output, number),
+        )
         for number, row in enumerate(table.rows, start=1)
     ]
 

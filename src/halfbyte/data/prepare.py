@@ -17,6 +17,7 @@ from halfbyte.data.audit import (
     warnings_of,
 )
 from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.example import Example
 from halfbyte.data.split import choose_held_out, read_split
 from halfbyte.data.template import Template, make_template
 from halfbyte.data.tokenize import cut, tokenize_rows
@@ -38,7 +39,7 @@ class Prepared:
 
     train: list[TokenizedRow]  # in the order of the source; Batches shuffles them
     held_out: list[TokenizedRow]
-    held_out_rows: list[dict[str, str]]  # instruction, input, output; aligned with held_out
+    held_out_rows: list[Example]  # aligned with held_out
     max_length: int
     template: Template
     audit: Audited
@@ -57,10 +58,9 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
     data = recipe.data
     read = read_split(data)
     template, choices = make_template(data, tokenizer)
-    answered = [i for i, row in enumerate(read.rows) if row["output"].strip()]
-    learn_all = data.loss_on == "all"
-    rendered = [template.segments(read.rows[i], learn_all=learn_all) for i in answered]
-    whole = tokenize_rows(tokenizer, rendered, [read.numbers[i] for i in answered])
+    answered = [i for i, row in enumerate(read.rows) if row.answer.strip()]
+    rendered = [template.segments(read.rows[i], data.loss_on) for i in answered]
+    whole = tokenize_rows(tokenizer, rendered, [read.rows[i].row for i in answered])
     may_train = len(read.rows) - read.apart
     lengths = [len(row) for i, row in zip(answered, whole, strict=True) if i < may_train]
     max_length = _max_length(data, lengths, model_max_length, choices)
@@ -93,9 +93,7 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
         tokens=sum(map(len, train)),
         labels=sum(row.num_labels for row in train),
         length_percentiles=length_percentiles([len(row) + row.cut for row in train]),
-        sample=sample_of(
-            tokenizer, template.segments(train_rows[0], learn_all=learn_all), train[0]
-        ),
+        sample=sample_of(tokenizer, template.segments(train_rows[0], data.loss_on), train[0]),
         sample_row=train[0].row,
         columns=read.columns.by_role(),
         sha256=read.sha256,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from halfbyte.data.columns import Columns, find_columns, rows_of
+from halfbyte.data.example import Example
 from halfbyte.data.source import read_rows
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
@@ -21,14 +22,13 @@ SPARE = 50
 
 @dataclass
 class Rows:
-    """Rows as text: first those that may train, then those that only may be held out.
+    """First the rows that may train, then those that only may be held out.
 
-    ``numbers`` are theirs in their source, from 0. ``apart`` is how many rows at the end cannot
-    train; ``wanted`` how many are to be held out, None to decide once the usable rows are known.
+    ``apart`` is how many rows at the end cannot train; ``wanted`` how many are to be held out,
+    None to decide once the usable rows are known.
     """
 
-    rows: list[dict[str, str]]
-    numbers: list[int]
+    rows: list[Example]
     columns: Columns
     sha256: str | None
     apart: int = 0
@@ -47,7 +47,7 @@ def read_split(data: DataRecipe) -> Rows:
     table = read_rows(data, data.limit + spare if data.limit is not None else None)
     columns = find_columns(data, table)
     rows = rows_of(table, columns, data.path)
-    read = Rows(rows, list(range(len(rows))), columns, table.sha256, wanted=wanted)
+    read = Rows(rows, columns, table.sha256, wanted=wanted)
     read.warnings += table.warnings
     for role, reason in columns.reason.items():
         read.choices.append(Choice(f"data.columns.{role}", None, columns.by_role()[role], reason))
@@ -57,7 +57,6 @@ def read_split(data: DataRecipe) -> Rows:
         held_out = rows_of(other, find_columns(apart, other), apart.path)
         read.warnings += other.warnings
         read.rows = rows + held_out
-        read.numbers += range(len(held_out))
         read.apart = len(held_out)
     elif follow:
         _set_apart(data, read)

@@ -1,24 +1,22 @@
 """How a row becomes text: the choice among the formats.
 
-A row is ``{"instruction": …, "input": …, "output": …}``. Every template makes of it first the
-question, that is what a user would have typed, and then the prompt, which is the question in its
-frame. So a chat template that puts a user's message into the same frame renders the format that
-was trained, by construction.
+Every template makes of an example first the question, that is what a user would have typed, and
+then the prompt, which is the question in its frame. So a chat template that puts a user's message
+into the same frame renders the format that was trained, by construction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from halfbyte.data.batch import Segment
 from halfbyte.data.chat_template import ModelChat, own_template
+from halfbyte.data.example import Example
 from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_format
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
-from halfbyte.recipe.schema import DataRecipe
-
-Row = Mapping[str, str]
+from halfbyte.recipe.schema import DataRecipe, LossOn
 
 
 class Template(Protocol):
@@ -39,11 +37,11 @@ class Template(Protocol):
         """What about the format the user may not expect."""
         ...
 
-    def question(self, row: Row) -> str:
-        """What a user would have typed: as the one user message, it renders ``prompt(row)``."""
+    def question(self, example: Example) -> str:
+        """What a user would have typed: as the one user message, it renders ``prompt``."""
         ...
 
-    def prompt(self, row: Row) -> str:
+    def prompt(self, example: Example) -> str:
         """The text up to where the answer begins.
 
         It holds the beginning-of-sequence token only where the model's own chat template writes
@@ -51,10 +49,10 @@ class Template(Protocol):
         """
         ...
 
-    def segments(self, row: Row, *, learn_all: bool) -> list[Segment]:
+    def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
         """The whole row: prompt, answer, end of sequence or of turn.
 
-        The answer and what ends it are learned, the prompt with ``learn_all`` only.
+        The answer and what ends it are learned, the prompt only where ``loss_on`` is ``all``.
         """
         ...
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
 
 from halfbyte.data.batch import Segment
+from halfbyte.data.example import Example
 from halfbyte.data.tokenize import leading_text
 from halfbyte.errors import DataError
+from halfbyte.recipe.schema import LossOn
 
 FIELDS = ("instruction", "input", "output")
 
@@ -172,18 +174,18 @@ class TextTemplate:
             return frozenset([self.format.only])
         return frozenset(["instruction", "input"])
 
-    def question(self, row: Mapping[str, str]) -> str:
-        return self.format.question(row["instruction"], row["input"])
+    def question(self, example: Example) -> str:
+        return self.format.question(example.instruction or "", example.input or "")
 
-    def prompt(self, row: Mapping[str, str]) -> str:
-        return self.format.prompt(self.question(row))
+    def prompt(self, example: Example) -> str:
+        return self.format.prompt(self.question(example))
 
-    def segments(self, row: Mapping[str, str], *, learn_all: bool) -> list[Segment]:
-        answer = row["output"]
+    def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
+        answer = example.answer
         # An answer may bring its end along; it is not written twice.
         end = "" if self._eos and answer.endswith(self._eos) else self._eos
         return [
-            Segment(self.prompt(row), learn_all),
+            Segment(self.prompt(example), loss_on == "all"),
             Segment(answer, True),
             Segment(end, True),
         ]

@@ -17,6 +17,7 @@ Auto = Literal["auto"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
 Scheduler = Literal["cosine", "linear", "constant"]
+LossOn = Literal["answer", "all"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
@@ -118,7 +119,7 @@ class DataRecipe(Section):
         "row's prompt with {instruction}, {input} and, at its end, {output}; auto is `chat` where "
         "the model has a chat template, else `alpaca`.",
     )
-    loss_on: Literal["answer", "all"] = Field(
+    loss_on: LossOn = Field(
         default="answer", description="Learn the answer alone, or every token of the row."
     )
     limit: PositiveInt | None = Field(

@@ -148,7 +148,7 @@ def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> 
                     when=when,
                     prompt=template.question(row),
                     text=given.text,
-                    reference=row["output"],
+                    reference=row.answer,
                     tokens=given.tokens,
                     seconds=given.seconds,
                 )
