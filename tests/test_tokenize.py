@@ -123,6 +123,17 @@ def test_a_token_across_a_border_belongs_to_the_later_segment(tiny: Any) -> None
     assert back.loss_mask.tolist()[-1] is False
 
 
+def test_a_tokenizer_saved_with_truncation_and_padding_does_neither(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    segments = [[Segment("Say it. ", False), Segment("It " * n, True)] for n in (2, 40)]
+    expected = tokenize_rows(tokenizer, segments, [0, 1])
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    for row, whole in zip(tokenize_rows(tokenizer, segments, [0, 1]), expected, strict=True):
+        assert row.input_ids.tolist() == whole.input_ids.tolist()
+        assert row.loss_mask.tolist() == whole.loss_mask.tolist()
+
+
 def test_rows_of_a_call_do_not_depend_on_one_another(tiny: Any) -> None:
     segments = [[Segment(f"{'x' * n}: ", False), Segment(f"It is {n}", True)] for n in range(40)]
     together = tokenize_rows(tiny, segments, list(range(40)))
