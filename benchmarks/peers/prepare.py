@@ -83,7 +83,7 @@ def make_rows(data: Path, model: Path, rows: int, batch: int, steps: int) -> dic
     texts, ids, tokens, labels = [], [], [], []
     for number in range(1, -(-steps // batches.steps_per_epoch) * batches.steps_per_epoch + 1):
         epoch, at = divmod(number - 1, batches.steps_per_epoch)
-        step = [prepared.train[i] for i in batches.order(epoch)[at * batch : (at + 1) * batch]]
+        step = [prepared.train[i] for i in batches.epoch(epoch)[0][at * batch : (at + 1) * batch]]
         for row in step:
             segments = prepared.template.segments(by_number[row.row], "all")
             text = "".join(segment.text for segment in segments)

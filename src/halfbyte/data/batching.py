@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from halfbyte.data.batch import Batch, Bucket, TokenizedRow
+from halfbyte.data.packing import Packs
 
 IGNORED = -100  # the label of a position that learns nothing, as in torch's cross-entropy
 
@@ -100,8 +102,10 @@ class Batches:
 
     An epoch is a permutation of the rows that follows from the seed and the epoch's number, cut
     into steps of ``batch_size`` × ``gradient_accumulation`` rows; its last step and last
-    micro-batch may be smaller, and nothing crosses into the next epoch. A step depends on nothing
-    but the seed and its number, so the position to go on from is that number.
+    micro-batch may be smaller, and nothing crosses into the next epoch. With ``packs``, made of
+    these rows, it is packs that are permuted and counted, and a micro-batch has the rows of
+    ``batch_size`` packs, still end to end, each a row of its own. A step depends on nothing but
+    the seed and its number, so the position to go on from is that number.
 
     With ``buckets`` each micro-batch is padded to the first of them, in their order, that holds
     it; ValueError where none does.
@@ -114,19 +118,29 @@ class Batches:
         gradient_accumulation: int,
         seed: int,
         buckets: Sequence[Bucket] | None = None,
+        packs: Packs | None = None,
     ) -> None:
         if not rows:
             raise ValueError("there are no rows to make batches of")
+        if packs is not None and packs.rows != len(rows):
+            raise ValueError(f"{packs.rows} rows were packed, and there are {len(rows)}")
         self.rows = rows
         self.batch_size = batch_size
-        self.rows_per_step = batch_size * gradient_accumulation
+        self.gradient_accumulation = gradient_accumulation
         self.seed = seed
         self.buckets = None if buckets is None else sorted(buckets)
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch used last
+        self.packs = packs
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None  # the one used last
+
+    @property
+    def capacity(self) -> int:
+        """No micro-batch has more rows, and ``cu_seqlens`` of each has places for so many."""
+        return self.batch_size if self.packs is None else self.packs.most_rows(self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.rows_per_step)
+        counted = len(self.rows if self.packs is None else self.packs)
+        return -(-counted // (self.batch_size * self.gradient_accumulation))
 
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of optimizer step ``number``, from 1."""
@@ -137,21 +151,33 @@ class Batches:
         if number < 1:
             raise ValueError(f"steps are counted from 1, not {number}")
         epoch, at = divmod(number - 1, self.steps_per_epoch)
-        chosen = self.order(epoch)[at * self.rows_per_step : (at + 1) * self.rows_per_step]
-        return [chosen[k : k + self.batch_size] for k in range(0, len(chosen), self.batch_size)]
+        order, borders = self.epoch(epoch)
+        first = at * self.gradient_accumulation
+        borders = borders[first : first + self.gradient_accumulation + 1]
+        return [order[a:b] for a, b in pairwise(borders.tolist())]
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Positions in ``rows`` in the order of ``epoch``, from 0; int64 [rows]."""
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            self._order = (epoch, generator.permutation(len(self.rows)))
-        return self._order[1]
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in ``rows`` in the order of epoch ``number``, from 0, int64 [rows]; and where
+        in that its micro-batches begin, then its end, int64 [micro-batches + 1]."""
+        if self._epoch is None or self._epoch[0] != number:
+            self._epoch = (number, *self._made(number))
+        return self._epoch[1:]
+
+    def _made(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.packs is None:
+            generator = np.random.default_rng([self.seed, number])
+            order = generator.permutation(len(self.rows))
+            starts = np.arange(len(self.rows) + 1)
+        else:
+            packed = self.packs.epoch(number)
+            order, starts = packed.order, packed.starts
+        return order, np.append(starts[: -1 : self.batch_size], len(order))
 
     def _batch(self, rows: list[TokenizedRow]) -> Batch:
         if self.buckets is None:
-            return make_batch(rows, self.batch_size)
+            return make_batch(rows, self.capacity)
         size = (sum(map(len, rows)), sum(row.num_labels for row in rows), max(map(len, rows)))
         bucket = next((b for b in self.buckets if b.holds(*size)), None)
         if bucket is None:
             raise ValueError(f"no bucket holds {size[0]} tokens with {size[1]} labels")
-        return make_batch(rows, self.batch_size, bucket.tokens, bucket.labels, bucket.max_seqlen)
+        return make_batch(rows, self.capacity, bucket.tokens, bucket.labels, bucket.max_seqlen)
