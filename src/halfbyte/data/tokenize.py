@@ -7,7 +7,8 @@ follows from the characters that the tokenizer says it covers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -17,9 +18,9 @@ import numpy as np
 from halfbyte.data.batch import Segment, TokenizedRow
 from halfbyte.errors import DataError
 
-# Rows in one call: enough that the tokenizer's threads have work, few enough that the offsets,
-# which come as Python tuples, stay small.
-ROWS_AT_ONCE = 2048
+# Rows in one call: enough that the tokenizer's threads have work, and few enough that the last
+# call, which nothing is done beside, is short.
+ROWS_AT_ONCE = 1024
 
 
 def tokenize_rows(
@@ -42,21 +43,35 @@ def tokenize_rows(
     backend.no_truncation()
     backend.no_padding()
     found: list[TokenizedRow] = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        chunk = rows[start : start + ROWS_AT_ONCE]
-        encodings = backend.encode_batch(
-            ["".join(segment.text for segment in row) for row in chunk], add_special_tokens=False
-        )
-        for segments, encoding, number in zip(
-            chunk, encodings, numbers[start : start + ROWS_AT_ONCE], strict=True
-        ):
-            ids, learned = encoding.ids, _learned(segments, encoding)
-            if lead and ids[:1] != lead[:1]:
-                ids = [*lead, *ids]
-                learned = np.concatenate([np.zeros(len(lead), dtype=bool), learned])
-            learned[:1] = False
-            found.append(TokenizedRow(np.array(ids, dtype=np.int32), learned, number))
+    for segments, encoding, number in zip(rows, _encodings(backend, rows), numbers, strict=True):
+        ids, learned = encoding.ids, _learned(segments, encoding)
+        if lead and ids[:1] != lead[:1]:
+            ids = [*lead, *ids]
+            learned = np.concatenate([np.zeros(len(lead), dtype=bool), learned])
+        learned[:1] = False
+        found.append(TokenizedRow(np.array(ids, dtype=np.int32), learned, number))
     return found
+
+
+def _encodings(backend: Any, rows: Sequence[Sequence[Segment]]) -> Iterator[Any]:
+    """The encoding of each row; while one chunk's are used, the next chunk is encoded.
+
+    The tokenizer's threads need no Python for it.
+    """
+
+    def encode(start: int) -> list[Any]:
+        chunk = rows[start : start + ROWS_AT_ONCE]
+        texts = ["".join(segment.text for segment in row) for row in chunk]
+        encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
+        return encodings
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming: Future[list[Any]] | None = None
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            encodings = encode(start) if coming is None else coming.result()
+            after = start + ROWS_AT_ONCE
+            coming = ahead.submit(encode, after) if after < len(rows) else None
+            yield from encodings
 
 
 def _learned(segments: Sequence[Segment], encoding: Any) -> np.ndarray:
