@@ -142,11 +142,12 @@ def model_block(model: ModelLoaded) -> Block:
 
 def resolved_block(started: TrainingStarted) -> Block:
     """What is resolved before step 1."""
-    rows_a_step = started.batch_size * started.gradient_accumulation
+    a_step = started.batch_size * started.gradient_accumulation
+    packs = "" if started.packs is None else f" in {started.packs:,} packs"
     return Block(
         "training",
         [
-            f"{started.rows:,} rows, {rows_a_step:,} a step ({started.batch_size:,} at once × "
+            f"{started.rows:,} rows{packs}, {a_step:,} a step ({started.batch_size:,} at once × "
             f"{started.gradient_accumulation:,})",
             f"{started.steps:,} steps, {started.steps_per_epoch:,} an epoch, "
             f"{started.epochs:.3g} epochs",

@@ -185,8 +185,9 @@ def _rehearse(asked: Asked, out: Path | None, max_steps: int | None, overwrite: 
     finally:
         display.close()
     training = rehearsal.recipe.training
-    rows = int(training.batch_size) * int(training.gradient_accumulation)
-    lines = [f"{rehearsal.steps:,} steps of {rows:,} rows; nothing was written"]
+    a_step = int(training.batch_size) * int(training.gradient_accumulation)
+    what = "packs" if rehearsal.recipe.data.packing else "rows"
+    lines = [f"{rehearsal.steps:,} steps of {a_step:,} {what}; nothing was written"]
     display.block(Block("would train", lines), "bold green")
 
 

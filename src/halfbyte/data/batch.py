@@ -22,13 +22,16 @@ class TokenizedRow:
 
     ``input_ids`` int32 [n]; ``loss_mask`` bool [n], true where the token itself is to be learned
     (the first token never can be: nothing predicts it); ``row`` is its number in the source, from
-    0; ``cut`` counts the tokens taken off its right end.
+    0. ``cut`` counts its tokens that were taken off, and ``start`` those that lie before the
+    first one here, the leading ones not counted: they were taken off too, or are in other rows of
+    the same number.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     row: int
     cut: int = 0
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

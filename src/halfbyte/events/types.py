@@ -155,13 +155,14 @@ class TrainingStarted(Event):
 
     kind: ClassVar[str] = "training_started"
     rows: int
-    batch_size: int
+    batch_size: int  # rows, or packs of them
     gradient_accumulation: int
     steps: int
     steps_per_epoch: int
     epochs: float
     device: str
     precision: str
+    packs: int | None = None  # that the rows are put into in an epoch
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def batch_sizes(batches: Batches, steps: int, limit: int = 2000) -> BatchSizes:
     """The sizes of the micro-batches of steps 1 … ``steps``.
 
     Of a longer run than ``limit`` steps, so many are taken, evenly spread, and the largest is the
-    largest that the rows could give. No batch is made: a million rows take about a second.
+    largest that the rows could give; of packs, which are never over their length, the largest that
+    there is. No batch is made: a million rows take about a second.
     """
     lengths, labels = _row_sizes(batches.rows)
     chosen = sorted(set(np.linspace(1, steps, min(steps, limit)).round().astype(int).tolist()))
@@ -50,6 +51,9 @@ def batch_sizes(batches: Batches, steps: int, limit: int = 2000) -> BatchSizes:
     if steps <= limit:
         tokens, labelled, longest = zip(*sampled, strict=True)
         return BatchSizes(sampled, 1.0, (max(tokens), max(labelled), max(longest)))
+    if batches.packs is not None:
+        largest = _largest_of_packs(batches, steps, lengths, labels)
+        return BatchSizes(sampled, steps / len(chosen), largest)
     size = batches.batch_size
     largest = (
         int(np.sort(lengths)[-size:].sum()),
@@ -57,6 +61,21 @@ def batch_sizes(batches: Batches, steps: int, limit: int = 2000) -> BatchSizes:
         int(lengths.max()),
     )
     return BatchSizes(sampled, steps / len(chosen), largest)
+
+
+def _largest_of_packs(
+    batches: Batches, steps: int, lengths: np.ndarray, labels: np.ndarray
+) -> Size:
+    """The largest sizes of all micro-batches of the epochs that the run begins.
+
+    All are looked at, since the fullest packs are of no use as a bound for their labels.
+    """
+    tokens = labelled = 0
+    for number in range(-(-steps // batches.steps_per_epoch)):
+        order, borders = batches.epoch(number)
+        tokens = max(tokens, int(np.add.reduceat(lengths[order], borders[:-1]).max()))
+        labelled = max(labelled, int(np.add.reduceat(labels[order], borders[:-1]).max()))
+    return tokens, labelled, int(lengths.max())
 
 
 def choose_buckets(

@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from halfbyte.data.packing import Packs
 from halfbyte.plan.strategy import Way, gigabytes
+from halfbyte.plan.units import Units
+
+
+def packing_reason(packs: Packs) -> str:
+    """How well the packs are filled."""
+    return (
+        f"{packs.rows:,} rows in {packs.count:,} packs of {packs.max_length:,} tokens, "
+        f"{100 * packs.fill:.1f} % filled"
+    )
+
+
+def accumulation_reason(made: int, units: Units) -> str:
+    """Why a step has ``made`` rows or packs."""
+    wanted = units.wanted_per_step
+    of_rows = f", about {made * units.rows_each:.0f} rows" if units.packs is not None else ""
+    near = "" if made == wanted else f", as near to {wanted} as the batch allows"
+    return f"{made} {units.words} a step{of_rows}{near}"
 
 
 def recompute_reason(way: Way, found: Sequence[Way], fits: bool, of: str) -> tuple[bool, str]:

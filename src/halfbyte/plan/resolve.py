@@ -12,6 +12,7 @@ from typing import Any
 
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.batching import Batches
+from halfbyte.data.packing import Packs
 from halfbyte.events.types import Choice
 from halfbyte.kernels import triton_shim
 from halfbyte.plan import defaults
@@ -20,10 +21,15 @@ from halfbyte.plan.device import Device
 from halfbyte.plan.memory import Setup, optimizer_bytes, weight_bytes
 from halfbyte.plan.parameters import ModelShape, model_shape
 from halfbyte.plan.precision import choose_precision
-from halfbyte.plan.reasons import copies, copy_reason, recompute_reason
+from halfbyte.plan.reasons import (
+    accumulation_reason,
+    copies,
+    copy_reason,
+    packing_reason,
+    recompute_reason,
+)
 from halfbyte.plan.speed import device_speed, step_seconds
 from halfbyte.plan.strategy import (
-    ROWS_PER_STEP,
     PassSize,
     Way,
     budget,
@@ -32,6 +38,7 @@ from halfbyte.plan.strategy import (
     possible_batches,
     ways,
 )
+from halfbyte.plan.units import Units
 from halfbyte.plan.warn import warnings_of
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.settings import get, is_stated
@@ -108,14 +115,16 @@ def resolve(
     held_out: int,
     template: str | None = None,
     train: Sequence[TokenizedRow] = (),
+    packs: Packs | None = None,
 ) -> Resolved:
     """Decide what ``recipe`` leaves open.
 
     ``model_config`` is transformers'; ``rows`` the rows that train, ``held_out`` those that do
     not, ``max_length`` the longest row in tokens and ``template`` the template's name, as the
     data room has decided and told of them. With the rows that ``train`` memory is planned for the
-    largest batch that they make, and without them for batches of nothing but longest rows. Raises
-    ModelError for target modules that the model lacks.
+    largest batch that they make, and without them for batches of nothing but longest rows.
+    ``packs`` are those of the rows where they are packed; what a batch, a step and an epoch count
+    are then packs. Raises ModelError for target modules that the model lacks.
     """
     shape = model_shape(model_config, recipe.model.name)
     decided = Decisions.of(recipe)
@@ -124,14 +133,17 @@ def resolve(
     decided.tell_defaults()
     decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora.r))
     decided.auto("training.learning_rate", lambda: defaults.learning_rate(shape.frozen))
-    largest = _LargestPass(decided.recipe, train, rows, max_length, device)
-    way, fits = _decide_way(decided, shape, device, largest)
+    units = Units(rows, packs)
+    largest = _LargestPass(decided.recipe, train, units, max_length, device)
+    way, fits = _decide_way(decided, shape, device, largest, units)
     on_host = False
     if not fits:
         on_host, way = _decide_embedding(decided, shape, device, way)
         fits = way.memory.total <= budget(device, decided.recipe.memory_limit_gb).bytes
     way, fits = _decide_optimizer(decided, shape, device, way, fits)
-    per_epoch, total = _decide_steps(decided, rows)
+    per_epoch, total = _decide_steps(decided, units)
+    if packs is not None:
+        decided.choices.append(Choice("data.packing", True, True, packing_reason(packs)))
     _decide_watch(decided, total, held_out)
     return Resolved(
         recipe=decided.recipe,
@@ -145,7 +157,7 @@ def resolve(
             shape,
             way=way,
             fits=fits,
-            rows=rows,
+            units=units,
             steps=total,
             held_out=held_out,
         ),
@@ -162,7 +174,7 @@ class _LargestPass:
 
     recipe: Recipe
     train: Sequence[TokenizedRow]
-    rows: int
+    units: Units
     max_length: int
     device: Device
 
@@ -170,8 +182,9 @@ class _LargestPass:
         if not self.train:
             tokens = rows * self.max_length
             return PassSize(tokens, tokens, self.max_length)
-        steps = _steps(self.recipe, self.rows, rows * passes)[1]
-        found = batch_sizes(Batches(self.train, rows, passes, self.recipe.seed), steps).largest
+        steps = _steps(self.recipe, self.units, rows * passes)[1]
+        batches = Batches(self.train, rows, passes, self.recipe.seed, packs=self.units.packs)
+        found = batch_sizes(batches, steps).largest
         if self.device.kind == "cpu":
             return PassSize(*found)
         tokens, labels = (-(-n // ROUNDED_TO) * ROUNDED_TO for n in found[:2])
@@ -220,10 +233,13 @@ def _decide_way(
     shape: ModelShape,
     device: Device,
     largest: Callable[[int, int], PassSize],
+    units: Units,
 ) -> tuple[Way, bool]:
     """Rows in a pass, recomputing, the type of the rest, and copies, by memory and time."""
     training, limit = decided.recipe.training, budget(device, decided.recipe.memory_limit_gb)
-    batches = possible_batches(training.batch_size, training.gradient_accumulation)
+    batches = possible_batches(
+        training.batch_size, training.gradient_accumulation, units.wanted_per_step
+    )
     stated = training.gradient_checkpointing
     recompute = (False, True) if stated == "auto" else (bool(stated),)
 
@@ -255,7 +271,7 @@ def _decide_way(
                 f"norms, embeddings and head in fp32 would not fit into {limit.words}",
             )
     if training.batch_size == "auto":
-        words = f"{way.batch_size} × {way.gradient_accumulation} rows a step"
+        words = f"{way.batch_size} × {way.gradient_accumulation} {units.words} a step"
         decided.set(
             "training.batch_size",
             way.batch_size,
@@ -267,10 +283,7 @@ def _decide_way(
         decided.set(
             "training.gradient_accumulation",
             way.gradient_accumulation,
-            f"{made} rows a step"
-            + (
-                "" if made == ROWS_PER_STEP else f", as near to {ROWS_PER_STEP} as the batch allows"
-            ),
+            accumulation_reason(made, units),
         )
     if training.gradient_checkpointing == "auto":
         decided.set(
@@ -378,11 +391,11 @@ def _decide_optimizer(
     return way, fits
 
 
-def _decide_steps(decided: Decisions, rows: int) -> tuple[int, int]:
+def _decide_steps(decided: Decisions, units: Units) -> tuple[int, int]:
     training = decided.recipe.training
-    decided.auto("training.epochs", lambda: defaults.epochs(rows))
-    rows_per_step = int(training.batch_size) * int(training.gradient_accumulation)
-    per_epoch, total = _steps(decided.recipe, rows, rows_per_step)
+    decided.auto("training.epochs", lambda: defaults.epochs(units.rows))
+    per_step = int(training.batch_size) * int(training.gradient_accumulation)
+    per_epoch, total = _steps(decided.recipe, units, per_step)
     if training.max_steps is not None:
         passes = training.max_steps / per_epoch
         of_epochs = defaults.steps(per_epoch, float(training.epochs))
@@ -398,14 +411,14 @@ def _decide_steps(decided: Decisions, rows: int) -> tuple[int, int]:
     return per_epoch, total
 
 
-def _steps(recipe: Recipe, rows: int, rows_per_step: int) -> tuple[int, int]:
-    """Steps of an epoch and of the run."""
+def _steps(recipe: Recipe, units: Units, per_step: int) -> tuple[int, int]:
+    """Steps of an epoch and of the run, of which each takes so many rows or packs."""
     training = recipe.training
-    per_epoch = defaults.steps_per_epoch(rows, rows_per_step)
+    per_epoch = defaults.steps_per_epoch(units.count, per_step)
     if training.max_steps is not None:
         return per_epoch, training.max_steps
-    epochs = defaults.epochs(rows)[0] if training.epochs == "auto" else float(training.epochs)
-    return per_epoch, defaults.steps(per_epoch, epochs)
+    epochs = defaults.epochs(units.rows)[0] if training.epochs == "auto" else training.epochs
+    return per_epoch, defaults.steps(per_epoch, float(epochs))
 
 
 def _decide_watch(decided: Decisions, total: int, held_out: int) -> None:

@@ -30,8 +30,9 @@ LIBRARY_BYTES = 0.15e9
 class Way:
     """One way of making a step, with what it costs.
 
-    ``tokens`` are the positions of its largest pass. Of its ``layers`` the first
-    ``recomputed_layers`` are recomputed, and of the first ``copied_layers`` a copy is kept.
+    ``batch_size`` counts rows, or packs of them; ``tokens`` are the positions of the largest pass.
+    Of its ``layers`` the first ``recomputed_layers`` are recomputed, and of the first
+    ``copied_layers`` a copy is kept.
     """
 
     batch_size: int
@@ -97,7 +98,7 @@ def ways(
     batches: Sequence[tuple[int, int]],
     checkpointing: Sequence[bool],
 ) -> list[Way]:
-    """The ways to choose from, with one of ``batches`` (rows in a pass, passes in a step).
+    """The ways to choose from, with one of ``batches`` (rows or packs in a pass, passes in a step).
 
     ``largest(rows, passes)`` is the largest pass of such a batch. ``checkpointing`` says whether
     all layers may be recomputed, none, or as many as it takes. Of fused layers as many have a copy
@@ -171,15 +172,20 @@ def choose_way(found: Sequence[Way], limit: Budget) -> tuple[Way, bool]:
     return min(near, key=lambda way: (-way.copied_layers, way.memory.total)), True
 
 
-def possible_batches(batch_size: int | str, accumulation: int | str) -> list[tuple[int, int]]:
-    """Rows in a pass and passes in a step that make about 16 rows a step of what is not stated."""
+def possible_batches(
+    batch_size: int | str, accumulation: int | str, per_step: int = ROWS_PER_STEP
+) -> list[tuple[int, int]]:
+    """Rows in a pass and passes in a step of what is not stated, about ``per_step`` a step.
+
+    The same of packs, of which ``per_step`` hold about 16 rows.
+    """
     if batch_size != "auto":
         rows = int(batch_size)
-        passes = max(1, round(ROWS_PER_STEP / rows)) if accumulation == "auto" else accumulation
+        passes = max(1, round(per_step / rows)) if accumulation == "auto" else accumulation
         return [(rows, int(passes))]
     if accumulation != "auto":
-        return [(max(1, ROWS_PER_STEP // int(accumulation)), int(accumulation))]
-    return [(rows, ROWS_PER_STEP // rows) for rows in (1, 2, 4, 8, 16)]
+        return [(max(1, per_step // int(accumulation)), int(accumulation))]
+    return [(rows, per_step // rows) for rows in range(1, per_step + 1) if per_step % rows == 0]
 
 
 def gigabytes(size: float) -> str:

@@ -6,6 +6,7 @@ from halfbyte.plan.device import Device
 from halfbyte.plan.parameters import ModelShape
 from halfbyte.plan.precision import precision_warning
 from halfbyte.plan.strategy import Way, budget, gigabytes
+from halfbyte.plan.units import Units
 from halfbyte.recipe import Recipe
 
 # A LoRA run above it usually diverges. Small models stand more: the demo's, of 135M parameters,
@@ -23,17 +24,17 @@ def warnings_of(
     *,
     way: Way,
     fits: bool,
-    rows: int,
+    units: Units,
     steps: int,
     held_out: int,
 ) -> list[str]:
     """Warnings on ``asked``, whose resolved form is ``recipe``."""
     found = [
         precision_warning(asked.precision, device) if asked.precision != "auto" else None,
-        _memory(asked, device, way, fits),
+        _memory(asked, device, way, fits, units),
         _rate(recipe, shape),
         _warmup(recipe, steps),
-        _rows(recipe, rows),
+        _rows(recipe, units),
         _epochs(asked),
         _keep(asked, recipe, held_out),
         _rank(asked, shape),
@@ -41,7 +42,7 @@ def warnings_of(
     return [text for text in found if text]
 
 
-def _memory(asked: Recipe, device: Device, way: Way, fits: bool) -> str | None:
+def _memory(asked: Recipe, device: Device, way: Way, fits: bool, units: Units) -> str | None:
     need = gigabytes(way.memory.total)
     if fits:
         if way.memory.total <= device.free_bytes:
@@ -62,8 +63,8 @@ def _memory(asked: Recipe, device: Device, way: Way, fits: bool) -> str | None:
         better.append("a smaller --set data.max_length or a smaller model")
     there_is = budget(device, asked.memory_limit_gb).words
     return (
-        f"a pass of {way.tokens:,} tokens, the largest of {way.batch_size} rows, needs about "
-        f"{need}, more than there is ({there_is}), and may run out of memory; try "
+        f"a pass of {way.tokens:,} tokens, the largest of {way.batch_size} {units.words}, needs "
+        f"about {need}, more than there is ({there_is}), and may run out of memory; try "
         f"{', or '.join(better)}."
     )
 
@@ -89,13 +90,13 @@ def _warmup(recipe: Recipe, steps: int) -> str | None:
     )
 
 
-def _rows(recipe: Recipe, rows: int) -> str | None:
+def _rows(recipe: Recipe, units: Units) -> str | None:
     step = int(recipe.training.batch_size) * int(recipe.training.gradient_accumulation)
-    if step <= rows or recipe.training.max_steps is not None:
+    if step <= units.count or recipe.training.max_steps is not None:
         return None
     return (
-        f"a step takes {step} rows and there are {rows}: an epoch is one step; "
-        f"--set training.batch_size={max(1, rows // 8)} "
+        f"a step takes {step} {units.words} and there are {units.count}: an epoch is one step; "
+        f"--set training.batch_size={max(1, units.count // 8)} "
         "--set training.gradient_accumulation=1 makes more of them."
     )
 

@@ -18,6 +18,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
 Scheduler = Literal["cosine", "linear", "constant"]
 LossOn = Literal["answer", "all"]
+LongRows = Literal["cut_right", "cut_left", "drop", "split"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
@@ -139,8 +140,21 @@ class DataRecipe(Section):
     )
     max_length: Annotated[int, Field(ge=8)] | Auto = Field(
         default="auto",
-        description="Longest row in tokens; what is longer is cut on the right. Auto is the 99th "
-        "percentile of the rows, within what the model takes.",
+        description="Longest row in tokens, and with `packing` the length of a pack. Auto is the "
+        "99th percentile of the rows, within what the model takes.",
+    )
+    long_rows: LongRows = Field(
+        default="cut_right",
+        description="What becomes of a longer row: `cut_right` loses its end, `cut_left` its "
+        "beginning (a beginning-of-sequence token stays), `drop` leaves it out, `split` makes "
+        "consecutive pieces of it.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Fill packs of `max_length` tokens with whole rows (best fit), so that all "
+        "forward passes are of one size. Rows stay apart: attention and positions begin anew in "
+        "each, and each weighs in the loss as it does without. Then `training.batch_size` counts "
+        "packs.",
     )
 
     @model_validator(mode="after")
@@ -183,10 +197,13 @@ class TrainingRecipe(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="The gradient's norm is clipped here; 0 clips nothing."
     )
-    batch_size: PositiveInt | Auto = Field(default="auto", description="Rows in one forward pass.")
+    batch_size: PositiveInt | Auto = Field(
+        default="auto", description="Rows in one forward pass, or packs with `data.packing`."
+    )
     gradient_accumulation: PositiveInt | Auto = Field(
         default="auto",
-        description="Forward passes in one optimizer step; auto makes 16 rows a step.",
+        description="Forward passes in one optimizer step; auto makes 16 rows a step, or as many "
+        "packs as hold about 16.",
     )
     epochs: Annotated[float, Field(gt=0)] | PositiveInt | Auto = Field(
         default="auto",

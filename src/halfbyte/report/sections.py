@@ -162,6 +162,8 @@ def _hyperparameters(story: Story) -> Table:
         "double quantization" if r.quantization.double_quant else "single quantization"
     )
     accumulation = t.gradient_accumulation
+    packs = story.plan.packs if story.plan else None
+    counted = "packs" if r.data.packing else "rows"
     rows: list[tuple[str, str]] = [
         ("rank r", figures.setting(r.lora.r)),
         ("LoRA alpha", figures.setting(r.lora.lora_alpha)),
@@ -182,7 +184,7 @@ def _hyperparameters(story: Story) -> Table:
             "gradient norm clipped at",
             figures.setting(t.max_grad_norm) if t.max_grad_norm else "not clipped",
         ),
-        ("rows in a forward pass", figures.setting(t.batch_size)),
+        (f"{counted} in a forward pass", figures.setting(t.batch_size)),
         ("forward passes in a step", figures.setting(accumulation)),
         ("epochs", figures.setting(t.epochs)),
         ("steps", figures.count(story.planned_steps)),
@@ -193,7 +195,9 @@ def _hyperparameters(story: Story) -> Table:
         ("seed", str(r.seed)),
     ]
     if isinstance(t.batch_size, int) and isinstance(accumulation, int):
-        rows.insert(14, ("rows in a step", figures.count(t.batch_size * accumulation)))
+        rows.insert(14, (f"{counted} in a step", figures.count(t.batch_size * accumulation)))
+    if packs is not None:
+        rows.insert(12, ("packs in an epoch", figures.count(packs)))
     return Table(("setting", "value"), rows, "ll")
 
 

@@ -8,8 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from halfbyte.data.batch import Bucket
 from halfbyte.data.batching import Batches
+from halfbyte.data.packing import Packs
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.events.types import Audited, Event, Warned
 from halfbyte.model.source import ModelSource, context_length, open_model
@@ -36,6 +39,7 @@ class Assembly:
     device: Device
     resolved: Resolved
     earlier: Strategy | None = None  # how the run made its steps before it was interrupted
+    packs: Packs | None = None  # of the rows that train, where the recipe packs them
 
     @cached_property
     def batches(self) -> Batches:
@@ -65,6 +69,7 @@ class Assembly:
             int(training.gradient_accumulation),
             self.recipe.seed,
             buckets,
+            self.packs,
         )
 
     @cached_property
@@ -96,6 +101,9 @@ def assemble(
         source = open_model(recipe.model)
     with emit.phase("tokenize"):
         data = prepare(recipe, source.tokenizer, context_length(source.config))
+        packs = None
+        if recipe.data.packing:
+            packs = Packs(np.array([len(row) for row in data.train]), data.max_length, recipe.seed)
     resolved = resolve(
         recipe,
         device=device,
@@ -105,6 +113,7 @@ def assemble(
         held_out=len(data.held_out),
         template=data.template.name,
         train=data.train,
+        packs=packs,
     )
     if earlier is not None:
         reason = earlier.why_not_here(device)
@@ -124,7 +133,7 @@ def assemble(
             emit(choice)
         for text in [*data.warnings, *resolved.warnings]:
             emit(Warned(text))
-    return Assembly(resolved.recipe, source, data, device, resolved, earlier)
+    return Assembly(resolved.recipe, source, data, device, resolved, earlier, packs)
 
 
 def _located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:

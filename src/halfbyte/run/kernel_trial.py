@@ -146,7 +146,7 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
         batches=tuple(
             BatchShape(
                 bucket.tokens,
-                int(training.batch_size) + -(-bucket.tokens // bucket.max_seqlen),
+                assembly.batches.capacity + -(-bucket.tokens // bucket.max_seqlen),
                 bucket.max_seqlen,
             )
             for bucket in assembly.buckets

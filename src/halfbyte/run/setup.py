@@ -261,7 +261,7 @@ def capture(assembly: Assembly, trainer: Trainer, record: RunRecord) -> Trainer:
         captured = CapturedStep(
             trainer.step,
             assembly.buckets,
-            int(training.batch_size),
+            assembly.batches.capacity,
             int(training.gradient_accumulation),
         )
     except (RuntimeError, torch.AcceleratorError) as error:

@@ -213,6 +213,7 @@ def _run(
             epochs=resolved.steps / resolved.steps_per_epoch,
             device=assembly.device.name,
             precision=str(recipe.precision),
+            packs=None if assembly.packs is None else assembly.packs.count,
         )
     )
     watch = Watch(assembly, trainer, record, folder)
