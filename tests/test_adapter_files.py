@@ -192,7 +192,7 @@ def lose_b(folder: Path) -> None:
         (make_odd, "plain LoRA"),
         (lose_b, "do not fit"),
         (lambda f: change_config(f, peft_type="IA3"), "LoRA"),
-        (lambda f: change_config(f, use_rslora=True), "use_rslora"),
+        (lambda f: change_config(f, bias="all"), "bias"),
     ],
 )
 def test_trouble_is_one_sentence(spoil: Any, says: str, tmp_path: Path) -> None:

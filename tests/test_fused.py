@@ -312,7 +312,11 @@ def test_adapters_or_blocks_that_do_not_fit_are_not_fused(folders: dict[str, Pat
     model = load(folders["llama"], Case(r=4))
     layer = next(iter(model.lora.values()))
     layer.lora_A = torch.nn.Parameter(torch.zeros(8, layer.in_features))
-    with pytest.raises(NotFusedError, match="adapters have different ranks"):
+    with pytest.raises(NotFusedError, match=r"different ranks \(lora\.rank_pattern\)"):
+        FusedNetwork(model.network, model.head, torch.float32, PLAIN)
+    model = load(folders["llama"], Case(r=4))
+    next(iter(model.lora.values())).scale = 3.0
+    with pytest.raises(NotFusedError, match=r"different factors \(lora\.alpha_pattern\)"):
         FusedNetwork(model.network, model.head, torch.float32, PLAIN)
     loaded = load_base(
         open_model(ModelRecipe(name=str(folders["llama"]))),

@@ -21,6 +21,7 @@ from halfbyte.plan.explain import explain
 from halfbyte.plan.resolve import Resolved, resolve
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import parse_recipe
+from halfbyte.recipe.schema import LoraRecipe
 from halfbyte.recipe.settings import get, settings
 from halfbyte.recipe.write import dump_recipe
 
@@ -113,12 +114,8 @@ def resolved(
 def test_the_defaults() -> None:
     found = resolved()
     recipe = found.recipe
-    assert recipe.lora.model_dump() == {
-        "r": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.0,
-        "target_modules": "all-linear",
-    }
+    assert recipe.lora == LoraRecipe(r=16, lora_alpha=32)
+    assert recipe.lora.target_modules == "all-linear"
     assert recipe.training.learning_rate == 2e-4
     assert recipe.training.lr_scheduler == "cosine"
     assert recipe.training.max_grad_norm == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -110,6 +111,9 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         case "array":
             least = schema.get("minItems", 0)
             return st.lists(values(schema["items"]), min_size=least, max_size=4)
+        case "object":
+            keys = TEXTS.filter(bool).map(re.escape)
+            return st.dictionaries(keys, values(schema["additionalProperties"]), max_size=4)
         case _:
             return TEXTS.filter(lambda text: len(text) >= schema.get("minLength", 0))
 
@@ -123,7 +127,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
             holder = tree
             for part in above:
                 holder = holder.setdefault(part, {})
-            holder[name] = draw(values(setting.schema))
+            value = draw(values(setting.schema))
+            if name in ("target_modules", "exclude_modules") and isinstance(value, str):
+                value = f".*{re.escape(value)}"  # a text is a regular expression there
+            holder[name] = value
     data = tree["data"]
     if data.get("template", "auto") not in ("auto", "chat", "alpaca", "plain"):
         data["template"] += "{output}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,15 @@ def save_adapter(
     lora_alpha: float,
     lora_dropout: float,
     target_modules: list[str],
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> None:
     """Write the adapter into ``folder``, which is made if need be.
 
-    Each file is written under another name and renamed, so that none is ever half there; the
-    weights come first, since a folder with a configuration counts as an adapter.
+    The settings have PEFT's names. Each file is written under another name and renamed, so that
+    none is ever half there; the weights come first, since a folder with a configuration counts as
+    an adapter.
     """
     from safetensors.torch import save_file
 
@@ -54,14 +59,13 @@ def save_adapter(
     for name, pair in layers.items():
         for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
             tensors[f"{_PREFIX}{name}{suffix}"] = tensor.detach().cpu().contiguous()
-    alpha = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "revision": None,
         "r": r,
-        "lora_alpha": alpha,
+        "lora_alpha": _short(lora_alpha),
         "lora_dropout": lora_dropout,
         "target_modules": target_modules,
         "bias": "none",
@@ -71,10 +75,10 @@ def save_adapter(
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(rank_pattern or {}),
+        "alpha_pattern": {key: _short(value) for key, value in (alpha_pattern or {}).items()},
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
     }
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
@@ -86,6 +90,11 @@ def save_adapter(
         os.replace(partial, folder / CONFIG)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _short(value: float) -> float:
+    """A whole number as one: PEFT's configuration has it so."""
+    return int(value) if float(value).is_integer() else value
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -126,11 +135,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read as JSON: {reason(error)}.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path} is not of a LoRA adapter, the only kind that halfbyte reads.")
-    odd = [
-        key
-        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-        if config.get(key)
-    ]
+    odd = [key for key in ("use_dora",) if config.get(key)]
     if config.get("bias", "none") != "none":
         odd.append("bias")
     if odd:

@@ -5,6 +5,7 @@ The plan asks it of a network without weights, the fused network of one with the
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 # transformers' decoder layers that are: norm, attention with rotary positions, sum, norm, gated
@@ -29,4 +30,13 @@ def why_not_fused(network: Any) -> str | None:
     rope = getattr(base.rotary_emb, "rope_type", "default")
     if rope not in ROPE_TYPES:
         return f"its rotary embedding ({rope}) depends on the length"
+    return None
+
+
+def why_adapters_not_fused(ranks: Collection[int], scales: Collection[float]) -> str | None:
+    """The same of the adapters, by the rank and the factor of each."""
+    if len(set(ranks)) > 1:
+        return "its adapters have different ranks (lora.rank_pattern)"
+    if len(set(scales)) > 1:
+        return "its adapters have different factors (lora.alpha_pattern)"
     return None

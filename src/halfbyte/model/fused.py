@@ -11,7 +11,7 @@ from halfbyte.data.batch import Batch
 from halfbyte.kernels.choice import Kernels
 from halfbyte.kernels.gather_rows import fetch_rows
 from halfbyte.kernels.lora_group import make_fold
-from halfbyte.model.fusable import ACTIVATIONS, why_not_fused
+from halfbyte.model.fusable import ACTIVATIONS, why_adapters_not_fused, why_not_fused
 from halfbyte.model.fused_layer import FusedLayer, LayerShape, Rows
 from halfbyte.model.head import Head
 from halfbyte.quant.joined import FlatAdapter, JoinedLinear, Scratch
@@ -36,7 +36,15 @@ class FusedNetwork:
     def __init__(self, network: Any, head: Head, compute_dtype: torch.dtype, kernels: Kernels):
         """Raises NotFusedError for a network of another kind."""
         self.kernels, self.compute_dtype = kernels, compute_dtype
-        reason = why_not_fused(network)
+        adapted = [
+            module
+            for module in network.modules()
+            if isinstance(module, QLoRALinear) and module.lora_A is not None
+        ]
+        reason = why_not_fused(network) or why_adapters_not_fused(
+            [len(layer.lora_A) for layer in adapted if layer.lora_A is not None],
+            [layer.scale for layer in adapted],
+        )
         if reason is not None:
             raise NotFusedError(reason)
         base = network.base_model
@@ -289,9 +297,6 @@ def _fused_layer(layer: Any, config: Any, kernels: Kernels) -> FusedLayer:
     ]
     if not all(isinstance(linear, QLoRALinear) for linear in linears):
         raise NotFusedError("not all of its products are with quantized weights")
-    ranks = {len(x.lora_A) for x in linears if x.lora_A is not None}
-    if len(ranks) > 1:
-        raise NotFusedError("its adapters have different ranks")
     if any(x.in_features % x.base.block_size for x in linears):
         raise NotFusedError("a row of its weights is no whole number of blocks")
     q, k, v, o, gate, up, down = linears

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from halfbyte.errors import ModelError
+from halfbyte.model.lora_targets import Targets, adapter_ranks, adapter_scales, choose_targets
 from halfbyte.quant.linear import DropoutPosition, QLoRALinear
 
 
@@ -18,50 +18,46 @@ def attach_lora(
     r: int,
     lora_alpha: float,
     lora_dropout: float,
-    target_modules: str | list[str],
+    target_modules: Targets,
     seed: int,
+    exclude_modules: Targets = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    init: str = "kaiming",
 ) -> dict[str, QLoRALinear]:
     """Give the targeted layers an adapter; returns them by their full name, in the model's order.
 
-    A starts as PEFT starts it, uniform on ±1/√in (Kaiming, a = √5), drawn in order from ``seed``
-    on the CPU so that every device gets the same; B starts at zero. Both are fp32. A target is
-    the last part of a layer's name (``q_proj``), or the whole name, or a tail of it at a dot.
+    Which layers, ranks and factors these are is said by :mod:`halfbyte.model.lora_targets`. A is
+    drawn in order from ``seed`` on the CPU, so that every device gets the same, as PEFT draws it:
+    for ``kaiming`` uniform on ±1/√in (a = √5), for ``gaussian`` normal with deviation 1/r. B
+    starts at zero. Both are fp32.
 
-    Raises ModelError, with the names there are, for a target that fits no layer.
+    Raises ModelError for a target or a pattern that fits no layer.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QLoRALinear)}
-    chosen = choose_targets(layers, target_modules)
+    chosen = choose_targets(layers, target_modules, exclude_modules)
+    ranks = adapter_ranks(chosen, r, rank_pattern)
+    scales = adapter_scales(ranks, lora_alpha, alpha_pattern, use_rslora)
     generator = torch.Generator().manual_seed(seed)
     position = DropoutPosition(seed)
     for number, name in enumerate(chosen):
         layer = layers[name]
-        bound = 1.0 / math.sqrt(layer.in_features)
-        start = torch.empty(r, layer.in_features).uniform_(-bound, bound, generator=generator)
+        start = _first_a(init, ranks[name], layer.in_features, generator)
         device = layer.base.device
         layer.lora_A = nn.Parameter(start.to(device))
-        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, r, device=device))
-        layer.scale = lora_alpha / r
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, ranks[name], device=device))
+        layer.scale = scales[name]
         layer.dropout_p = lora_dropout
         layer.number = number
         layer.position = position
     return {name: layers[name] for name in chosen}
 
 
-def choose_targets(names: Iterable[str], target_modules: str | list[str]) -> list[str]:
-    """Those of ``names`` (linear layers, the head not among them) that ``target_modules`` means."""
-    names = list(names)
-    if target_modules == "all-linear":
-        return names
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    for target in targets:
-        if not any(_fits(name, target) for name in names):
-            there = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-            raise ModelError(
-                f"lora.target_modules names {target!r}, which this model does not have; "
-                f"it has {there}."
-            )
-    return [name for name in names if any(_fits(name, target) for target in targets)]
-
-
-def _fits(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
+def _first_a(init: str, r: int, columns: int, generator: torch.Generator) -> Tensor:
+    """A [r, columns] before the first step."""
+    start = torch.empty(r, columns)
+    if init == "gaussian":
+        return start.normal_(std=1.0 / r, generator=generator)
+    bound = 1.0 / math.sqrt(columns)
+    return start.uniform_(-bound, bound, generator=generator)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+from halfbyte.recipe.schema import LoraRecipe
+
 LARGE_MODEL = 13_000_000_000  # parameters from which the smaller learning rate holds
 
 FIXED: dict[str, str] = {
@@ -34,9 +36,11 @@ def learning_rate(parameters: int) -> tuple[float, str]:
     return 2e-4, f"the usual rate of LoRA below 13B parameters; this has {parameters:,}"
 
 
-def lora_alpha(r: int) -> tuple[int, str]:
-    """Twice the rank."""
-    return 2 * r, f"2r, so the adapter is scaled by 2 whatever r is (r is {r})"
+def lora_alpha(lora: LoraRecipe) -> tuple[int, str]:
+    """Twice the rank; 8 with rsLoRA, whose scale has to fall as the root of the rank."""
+    if lora.use_rslora:
+        return 8, f"with rsLoRA the adapter is scaled by 8 / √r: by 2 at rank 16 (r is {lora.r})"
+    return 2 * lora.r, f"2r, so the adapter is scaled by 2 whatever r is (r is {lora.r})"
 
 
 def epochs(rows: int) -> tuple[int, str]:

@@ -36,7 +36,7 @@ def explain(recipe: Recipe, device: Device | None = None) -> tuple[Recipe, list[
     decided = Decisions.of(recipe)
     decide_device(decided, device)
     decided.tell_defaults()
-    decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora.r))
+    decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora))
     for key in settings():
         if decided.is_open(key):
             decided.choices.append(Choice(key, "auto", "auto", _WAITS.get(key, _ROWS)))

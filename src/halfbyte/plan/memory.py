@@ -30,11 +30,12 @@ That is a step by autograd; :mod:`halfbyte.plan.memory_fused` has the one of fus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from halfbyte.kernels.loss import CHUNK_BYTES
 from halfbyte.kernels.nf4 import SCALES_PER_BLOCK
+from halfbyte.model.lora_targets import Targets
 from halfbyte.plan.parameters import ModelShape
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -57,10 +58,12 @@ class Setup:
     block_size: int
     double_quant: bool
     r: int
-    target_modules: str | tuple[str, ...]
+    target_modules: Targets
     optimizer: str
     fused: bool = False  # the layers are fused ones
     triton: bool = True  # fused layers are made of Triton kernels
+    exclude_modules: Targets = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def compute(self) -> int:
@@ -71,6 +74,16 @@ class Setup:
     def rest(self) -> int:
         """Bytes of an element of embeddings, norms and residual stream."""
         return 4 if self.upcast_rest else self.compute
+
+    def adapters(self, shape: ModelShape) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+        """Shapes of A [r, in] and B [out, r] of each adapted layer of ``shape``."""
+        return shape.adapter_shapes(
+            self.r, self.target_modules, self.exclude_modules, self.rank_pattern
+        )
+
+    def trained(self, shape: ModelShape) -> list[int]:
+        """Elements of each trained tensor."""
+        return [rows * columns for pair in self.adapters(shape).values() for rows, columns in pair]
 
 
 @dataclass(frozen=True)
@@ -102,14 +115,13 @@ def step_memory(
     shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool, keep_copy: bool
 ) -> StepMemory:
     """One forward and backward pass by autograd over ``tokens`` tokens, all of them labelled."""
-    trainable = shape.trainable(setup.r, setup.target_modules)
     copy = setup.compute * shape.linear if keep_copy else 0
     widest = max(shape.intermediate, shape.hidden, shape.heads * shape.head_dim)
     dequantized = 0 if keep_copy else (setup.compute + 8) * shape.largest_linear
     return StepMemory(
         weights=weight_bytes(shape, setup),
         copy=copy,
-        adapter=8 * trainable,
+        adapter=8 * sum(setup.trained(shape)),
         optimizer=optimizer_bytes(shape, setup),
         activations=activation_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing),
         loss=loss_bytes(shape, setup, labels=tokens),
@@ -151,27 +163,21 @@ def head_copy(shape: ModelShape, setup: Setup) -> int:
 def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
     """Two moments for each trained element: 8 bytes in fp32, 2 and their scales in 8 bits."""
     total = 0
-    for matrices in shape.adapter_shapes(setup.r, setup.target_modules).values():
-        for rows, columns in matrices:
-            n = rows * columns
-            if setup.optimizer == "adamw" or n < _MIN_8BIT:
-                total += 8 * n
-            else:
-                total += 2 * n + 8 * -(-n // _STATE_BLOCK)
+    for n in setup.trained(shape):
+        if setup.optimizer == "adamw" or n < _MIN_8BIT:
+            total += 8 * n
+        else:
+            total += 2 * n + 8 * -(-n // _STATE_BLOCK)
     return total
 
 
 def kept_per_token(shape: ModelShape, setup: Setup) -> int:
     """Bytes that all layers together keep for one token, without checkpointing."""
-    c, e = setup.compute, setup.rest
+    c = setup.compute
     q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = c * (2 * q + 2 * k) + 4 * shape.heads
     mlp = 3 * c * shape.intermediate
-    return (
-        4 * shape.norm_width
-        + shape.layers * (attention + mlp)
-        + _adapted_inputs(shape, setup.target_modules, setup.r, c, e)
-    )
+    return 4 * shape.norm_width + shape.layers * (attention + mlp) + _adapted_inputs(shape, setup)
 
 
 def kept_bytes(shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool) -> int:
@@ -195,13 +201,12 @@ def loss_bytes(shape: ModelShape, setup: Setup, *, labels: int) -> int:
     return 2 * setup.compute * shape.hidden * labels + 3 * chunk
 
 
-def _adapted_inputs(
-    shape: ModelShape, target_modules: str | Sequence[str], r: int, c: int, e: int
-) -> int:
+def _adapted_inputs(shape: ModelShape, setup: Setup) -> int:
     """Inputs of adapted layers and their inner products, for one token."""
+    c, e = setup.compute, setup.rest
     total = 0
     seen: set[tuple[str, str]] = set()
-    for name in shape.adapter_shapes(r, target_modules):
+    for name, ((r, _), _) in setup.adapters(shape).items():
         total += c * r
         parent, _, leaf = name.rpartition(".")
         group = (parent, _SHARED.get(leaf, leaf))

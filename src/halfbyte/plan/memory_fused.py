@@ -66,7 +66,7 @@ class FusedMemory:
         self.layers = fused_layers(shape, setup)
         c = setup.compute
         self.weights = weight_bytes(shape, setup) + head_copy(shape, setup)
-        self.adapter = (8 + c) * shape.trainable(setup.r, setup.target_modules)
+        self.adapter = (8 + c) * sum(setup.trained(shape))
         self.optimizer = optimizer_bytes(shape, setup)
         # What stands between layers and the loss, of a token: the stream before the last norm and
         # the hidden states after it; in a layer the stream or its gradient, in both types.
@@ -136,7 +136,7 @@ class FusedMemory:
 
 def fused_layers(shape: ModelShape, setup: Setup) -> list[FusedBytes]:
     """Each layer's bytes, in order; layers differ where a recipe adapts some of them alone."""
-    adapted = set(shape.adapter_shapes(setup.r, setup.target_modules))
+    adapted = set(setup.adapters(shape))
     layers: dict[str, dict[str, list[tuple[int, int, bool]]]] = {}
     for name, (rows, columns) in shape.linears.items():
         layer, _, leaf = name.rsplit(".", 2)

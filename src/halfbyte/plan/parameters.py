@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.model.fusable import why_not_fused
-from halfbyte.model.lora import choose_targets
+from halfbyte.model.lora_targets import Targets, adapter_ranks, choose_targets
 from halfbyte.model.narrow import can_be_narrow
 from halfbyte.model.skeleton import build_skeleton, quantized_linears
 
@@ -54,19 +54,23 @@ class ModelShape:
         return max(rows * columns for rows, columns in self.linears.values())
 
     def adapter_shapes(
-        self, r: int, target_modules: str | Sequence[str]
+        self,
+        r: int,
+        target_modules: Targets,
+        exclude_modules: Targets = (),
+        rank_pattern: Mapping[str, int] | None = None,
     ) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
         """Shapes of A [r, in] and B [out, r] of each adapted layer, by its full name.
 
-        Raises ModelError for a target that the model lacks.
+        Raises ModelError for a target or a pattern that fits no layer of the model.
         """
-        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        chosen = choose_targets(self.linears, target_modules, exclude_modules)
         return {
-            name: ((r, self.linears[name][1]), (self.linears[name][0], r))
-            for name in choose_targets(self.linears, targets)
+            name: ((rank, self.linears[name][1]), (self.linears[name][0], rank))
+            for name, rank in adapter_ranks(chosen, r, rank_pattern).items()
         }
 
-    def trainable(self, r: int, target_modules: str | Sequence[str]) -> int:
+    def trainable(self, r: int, target_modules: Targets) -> int:
         """Parameters of the adapter: r · (in + out) for each adapted layer."""
         shapes = self.adapter_shapes(r, target_modules)
         return sum(a[0] * a[1] + b[0] * b[1] for a, b in shapes.values())

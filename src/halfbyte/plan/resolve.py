@@ -15,6 +15,8 @@ from halfbyte.data.batching import Batches
 from halfbyte.data.packing import Packs
 from halfbyte.events.types import Choice
 from halfbyte.kernels import triton_shim
+from halfbyte.model.fusable import why_adapters_not_fused
+from halfbyte.model.lora_targets import adapter_ranks, adapter_scales, choose_targets
 from halfbyte.plan import defaults
 from halfbyte.plan.buckets import ROUNDED_TO, batch_sizes
 from halfbyte.plan.device import Device
@@ -131,7 +133,7 @@ def resolve(
     decide_device(decided, device)
     _put_data(decided, max_length, held_out, template)
     decided.tell_defaults()
-    decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora.r))
+    decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora))
     decided.auto("training.learning_rate", lambda: defaults.learning_rate(shape.frozen))
     units = Units(rows, packs)
     largest = _LargestPass(decided.recipe, train, units, max_length, device)
@@ -321,16 +323,26 @@ def _decide_embedding(
 
 def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: bool) -> Setup:
     """What of ``recipe``, its precision decided, the memory of a step follows from."""
-    targets, block = recipe.lora.target_modules, recipe.quantization.block_size
+    lora, block = recipe.lora, recipe.quantization.block_size
     whole_blocks = all(columns % block == 0 for _, columns in shape.linears.values())
-    fused = device.kind == "cuda" and shape.not_fused is None and whole_blocks
+    ranks = adapter_ranks(
+        choose_targets(shape.linears, lora.target_modules, lora.exclude_modules),
+        lora.r,
+        lora.rank_pattern,
+    )
+    alpha = 1.0 if lora.lora_alpha == "auto" else lora.lora_alpha
+    scales = adapter_scales(ranks, alpha, lora.alpha_pattern, lora.use_rslora)
+    reason = shape.not_fused or why_adapters_not_fused(ranks.values(), scales.values())
+    fused = device.kind == "cuda" and reason is None and whole_blocks
     return Setup(
         precision=str(recipe.precision),
         upcast_rest=upcast_rest,
         block_size=recipe.quantization.block_size,
         double_quant=recipe.quantization.double_quant,
-        r=recipe.lora.r,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        r=lora.r,
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        rank_pattern=lora.rank_pattern,
         optimizer=recipe.training.optimizer,
         fused=fused,
         triton=triton_shim.INSTALLED and (device.capability or (0, 0)) >= (7, 5),
@@ -362,8 +374,7 @@ def _decide_optimizer(
         return way, fits
     setup = setup_of(recipe, shape, device, upcast_rest=bool(recipe.quantization.upcast_rest))
     state = gigabytes(optimizer_bytes(shape, setup))
-    shapes = shape.adapter_shapes(recipe.lora.r, recipe.lora.target_modules)
-    largest = max(rows * columns for pair in shapes.values() for rows, columns in pair)
+    largest = max(setup.trained(shape))
     if setup.triton and not fits and largest >= PAGED_FROM:
         decided.choices.append(
             Choice(

@@ -88,7 +88,7 @@ def step_seconds(
     """
     rounds = 2 + recomputed / shape.layers  # forward, (forward again,) backward
     if adapter is None:
-        adapter = shape.trainable(setup.r, setup.target_modules)
+        adapter = sum(setup.trained(shape))
     products = 2 * rounds * shape.linear + (2 * rounds + 2) * adapter + 4 * shape.head
     attention = (2 * rounds + 1) * shape.layers * shape.heads * shape.head_dim * row_tokens
     reached = speed.flops * tokens / (tokens + speed.half)

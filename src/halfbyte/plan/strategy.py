@@ -105,7 +105,7 @@ def ways(
     as fit into ``limit`` with what is recomputed.
     """
     speed = device_speed(device, setup.precision)
-    adapter = shape.trainable(setup.r, setup.target_modules)
+    adapter = sum(setup.trained(shape))
     fused = FusedMemory(shape, setup) if setup.fused else None
     layers = shape.layers
     found = []

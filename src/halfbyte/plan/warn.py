@@ -121,9 +121,12 @@ def _keep(asked: Recipe, recipe: Recipe, held_out: int) -> str | None:
 
 
 def _rank(asked: Recipe, shape: ModelShape) -> str | None:
-    if asked.lora.r <= min(min(pair) for pair in shape.linears.values()):
+    most = min(min(pair) for pair in shape.linears.values())
+    pattern = max(asked.lora.rank_pattern.values(), default=0)
+    key, r = ("r", asked.lora.r) if asked.lora.r > most else ("rank_pattern", pattern)
+    if r <= most:
         return None
     return (
-        f"lora.r is {asked.lora.r}, more than the rank that the smallest adapted layer can have; "
+        f"lora.{key} is {r}, more than the rank that the smallest adapted layer can have; "
         "--set lora.r=16 is usual."
     )

@@ -51,6 +51,14 @@ NAMES: dict[str, str] = {
     "lora_target_modules": "lora.target_modules",
     "lora_target_linear": "lora.target_modules",
     "dropout": "lora.lora_dropout",
+    "lora_dropout_p": "lora.lora_dropout",
+    "rslora": "lora.use_rslora",
+    "peft_use_rslora": "lora.use_rslora",
+    "init_lora_weights": "lora.init",
+    "peft_init_lora_weights": "lora.init",
+    "lora_exclude_modules": "lora.exclude_modules",
+    "lora_rank_pattern": "lora.rank_pattern",
+    "lora_alpha_pattern": "lora.alpha_pattern",
     # the rows
     "dataset": "data.path",
     "datasets": "data.path",
@@ -166,7 +174,7 @@ VALUES: dict[str, dict[str, str]] = {
         "cosine_with_min_lr": "cosine",
         "cosine_with_restarts": "cosine",
     },
-    "lora.target_modules": {"all": "all-linear", "all_linear": "all-linear"},
+    "lora.init": {"true": "kaiming", "default": "kaiming"},
 }
 
 # Their name: why there is no such setting.

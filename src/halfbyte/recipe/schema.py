@@ -8,15 +8,17 @@ documentation: say what it is, its unit, and when one would change it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
 Scheduler = Literal["cosine", "linear", "constant"]
+LoraInit = Literal["kaiming", "gaussian"]
 LossOn = Literal["answer", "all"]
 LongRows = Literal["cut_right", "cut_left", "drop", "split"]
 
@@ -37,6 +39,13 @@ class Section(BaseModel):
 def _rule(key: str, sentence: str) -> PydanticCustomError:
     """A rule that pydantic has no word for; ``key`` is the setting to look at."""
     return PydanticCustomError("rule", "{sentence}", {"key": key, "sentence": f"{key} {sentence}"})
+
+
+def _require_expression(pattern: str, key: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _rule(key, f"has {pattern!r}, which is no regular expression: {error}.") from error
 
 
 class ModelRecipe(Section):
@@ -82,11 +91,63 @@ class LoraRecipe(Section):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="Share of the adapter's inputs dropped while training."
     )
-    target_modules: Literal["all-linear"] | Annotated[list[Name], Field(min_length=1)] = Field(
+    target_modules: Name | Annotated[list[Name], Field(min_length=1)] = Field(
         default="all-linear",
-        description="Names of the linear layers that get an adapter (`q_proj`), or `all-linear`: "
-        "every one but the output head.",
+        description="Names of the linear layers that get an adapter (`[q_proj, v_proj]`), "
+        "`all-linear`: every one but the output head, or a regular expression for their whole "
+        "names (`.*\\.[0-9]\\.mlp\\..*`).",
     )
+    exclude_modules: Name | list[Name] = Field(
+        default_factory=list,
+        description="Names of layers, or a regular expression for whole names, that get no "
+        "adapter although `target_modules` names them.",
+    )
+    use_rslora: bool = Field(
+        default=False,
+        description="Scale by lora_alpha / √r, so that a high rank learns as fast as a low one "
+        "(rsLoRA, Kalajdzievski, 2023).",
+    )
+    init: LoraInit = Field(
+        default="kaiming",
+        description="How the adapter starts: `kaiming` (A uniform) or `gaussian` (A normal), B "
+        "being zero.",
+    )
+    rank_pattern: dict[Name, PositiveInt] = Field(
+        default_factory=dict,
+        description="Ranks other than `r`, by a layer's name or a regular expression for its end: "
+        "`{down_proj: 64}`.",
+    )
+    alpha_pattern: dict[Name, Annotated[float, Field(gt=0)] | PositiveInt] = Field(
+        default_factory=dict,
+        description="Values other than `lora_alpha`, by the same keys.",
+    )
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _pattern(cls, value: str | list[str], info: ValidationInfo) -> str | list[str]:
+        key = f"lora.{info.field_name}"
+        if isinstance(value, str) and value != "all-linear":
+            _require_expression(value, key)
+            if value in ("all", "all_linear"):
+                raise _rule(
+                    key,
+                    "must be all-linear, a list of names or a regular expression, "
+                    f'not "{value}"; here that is all-linear.',
+                )
+            if re.fullmatch(r"\w+", value):
+                raise _rule(
+                    key,
+                    "must be a list of names, or a regular expression for whole "
+                    f'names, not "{value}"; write [{value}].',
+                )
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for pattern in value:
+            _require_expression(pattern, f"lora.{info.field_name}")
+        return value
 
 
 class ColumnsRecipe(Section):

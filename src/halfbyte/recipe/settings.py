@@ -121,6 +121,8 @@ def _words(part: dict[str, Any]) -> list[str]:
             return [f"a number{_bounds(part)}"]
         case "array":
             return ["a list of whole numbers" if _of_numbers(part) else "a list of names"]
+        case "object":
+            return [f"names, each with {wanted(part['additionalProperties'])}"]
         case _:
             return ["text that is not empty" if part.get("minLength") else "text"]
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from halfbyte.recipe.foreign import VALUES
-from halfbyte.recipe.settings import Setting, sections, settings
+from halfbyte.recipe.settings import Setting, sections, settings, wanted
 from halfbyte.recipe.yaml_tree import Path, dotted
 
 _NUMBER = re.compile(r"\s*[-+]?(\d[\d_,]*\.?\d*|\.\d+)([eE][-+]?\d+)?\s*\Z")
@@ -21,7 +21,12 @@ def wrong_value(path: Path, problem: Any) -> str:
     key = ".".join(part for part in path if isinstance(part, str))
     if key in sections():
         return f"{key} is a section; its settings stand under it, indented."
-    setting, value = settings()[key], problem["input"]
+    known, value = settings(), problem["input"]
+    if key not in known:  # what stands under a name of the user's own: lora.rank_pattern.q_proj
+        name = next(name for name in reversed(known) if key.startswith(f"{name}."))
+        takes = wanted(known[name].schema["additionalProperties"])
+        return f"{key} must be {takes}, not {shown(value)}."
+    setting = known[key]
     if path and isinstance(path[-1], int):
         item = setting.schema.get("anyOf", [setting.schema])[-1]["items"]
         takes = Setting("", "", "", "", False, None, item).wanted

@@ -25,6 +25,7 @@ from halfbyte.export.adapter_folder import write_adapter_folder
 from halfbyte.export.model_card import model_card
 from halfbyte.generate.answer import answer
 from halfbyte.model.adapter_files import read_adapter
+from halfbyte.model.lora_targets import saved_targets
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
 from halfbyte.run.setup import Trainer
@@ -87,7 +88,10 @@ def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> Non
             "r": recipe.lora.r,
             "lora_alpha": recipe.lora.lora_alpha,
             "lora_dropout": recipe.lora.lora_dropout,
-            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
+            "target_modules": saved_targets(list(layers), trainer.model.linears),
+            "use_rslora": recipe.lora.use_rslora,
+            "rank_pattern": recipe.lora.rank_pattern,
+            "alpha_pattern": recipe.lora.alpha_pattern,
         },
         base_name=assembly.source.name,
         tokenizer=assembly.source.tokenizer,

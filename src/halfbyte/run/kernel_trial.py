@@ -16,11 +16,12 @@ from halfbyte.kernels.cache import cache_name, use_cache
 from halfbyte.kernels.choice import ALL, Kernels, choose_kernels
 from halfbyte.kernels.trial import Trial, in_use, start_trial, without
 from halfbyte.kernels.trial_spec import SETS, BatchShape, GroupShape, TrialSpec
-from halfbyte.model.fusable import ACTIVATIONS
-from halfbyte.model.lora import choose_targets
+from halfbyte.model.fusable import ACTIVATIONS, why_adapters_not_fused
+from halfbyte.model.lora_targets import adapter_ranks, adapter_scales, choose_targets
 from halfbyte.optim.flat import BLOCK, MIN_8BIT_SIZE
 from halfbyte.plan.device import Device
 from halfbyte.quant.joined import extra_columns
+from halfbyte.recipe.schema import LoraRecipe
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
 
@@ -111,8 +112,11 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
     if config.hidden_act not in ACTIVATIONS or assembly.buckets is None:
         return None
     compute = DTYPES[str(recipe.precision)]
-    r = recipe.lora.r
-    groups, modules, sizes = _groups(config, r, recipe.lora.target_modules)
+    adapters = _adapters(config, recipe.lora)
+    if adapters is None:
+        return None
+    chosen, r, scale = adapters
+    groups, modules, sizes = _groups(config, r, chosen)
     small = sum(size for size in sizes if size < MIN_8BIT_SIZE)
     large = sum(-(-size // BLOCK) * BLOCK for size in sizes if size >= MIN_8BIT_SIZE)
     eight_bits = training.optimizer != "adamw"
@@ -133,7 +137,7 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
         softcap=getattr(config, "final_logit_softcapping", None),
         groups=groups,
         rank=r,
-        scale=float(recipe.lora.lora_alpha) / r,
+        scale=scale,
         dropout=float(recipe.lora.lora_dropout),
         modules=modules,
         block_size=recipe.quantization.block_size,
@@ -155,9 +159,23 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
     )
 
 
-def _groups(
-    config: Any, r: int, target_modules: str | list[str]
-) -> tuple[tuple[GroupShape, ...], int, list[int]]:
+def _adapters(config: Any, lora: LoraRecipe) -> tuple[set[str], int, float] | None:
+    """Names of the adapted layers, their rank and their factor; None where they are not fused."""
+    names = [
+        f"model.layers.{layer}.{part}"
+        for layer in range(config.num_hidden_layers)
+        for parts in _PARTS.values()
+        for part in parts
+    ]
+    chosen = choose_targets(names, lora.target_modules, lora.exclude_modules)
+    ranks = adapter_ranks(chosen, lora.r, lora.rank_pattern)
+    scales = adapter_scales(ranks, float(lora.lora_alpha), lora.alpha_pattern, lora.use_rslora)
+    if why_adapters_not_fused(ranks.values(), scales.values()) is not None:
+        return None
+    return set(chosen), ranks[chosen[0]], scales[chosen[0]]
+
+
+def _groups(config: Any, r: int, chosen: set[str]) -> tuple[tuple[GroupShape, ...], int, list[int]]:
     """The groups that differ, how many modules are adapted, and the elements of each A and B."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     heads, kv_heads, head_dim = _heads(config)
@@ -168,13 +186,6 @@ def _groups(
         "gate_up": (intermediate, intermediate),
         "down": (hidden,),
     }
-    names = [
-        f"model.layers.{layer}.{part}"
-        for layer in range(config.num_hidden_layers)
-        for parts in _PARTS.values()
-        for part in parts
-    ]
-    chosen = set(choose_targets(names, target_modules))
     found: dict[GroupShape, None] = {}
     sizes: list[int] = []
     for layer in range(config.num_hidden_layers):

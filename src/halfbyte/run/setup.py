@@ -140,6 +140,11 @@ def load_model(
         lora_alpha=float(recipe.lora.lora_alpha),
         lora_dropout=float(recipe.lora.lora_dropout),
         target_modules=recipe.lora.target_modules,
+        exclude_modules=recipe.lora.exclude_modules,
+        rank_pattern=recipe.lora.rank_pattern,
+        alpha_pattern=recipe.lora.alpha_pattern,
+        use_rslora=recipe.lora.use_rslora,
+        init=recipe.lora.init,
         seed=recipe.seed,
     )
     for parameter in loaded.model.parameters():
