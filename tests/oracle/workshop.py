@@ -19,9 +19,11 @@ from oracle.case import Case, random_adapter
 from oracle.ours import load
 
 
-def model_of(folder: Path, case: Case, *, dropout: float = 0.0, seed: int = 0) -> QLoRAModel:
+def model_of(
+    folder: Path, case: Case, *, dropout: float = 0.0, seed: int = 0, device: str = "cpu"
+) -> QLoRAModel:
     """The model in ``folder`` with a random adapter, neither matrix zero."""
-    model = load(folder, case, dropout=dropout, seed=seed)
+    model = load(folder, case, dropout=dropout, seed=seed, device=device)
     parameters = model.lora_parameters()
     values = random_adapter({name: p.shape for name, p in parameters.items()})
     with torch.no_grad():

@@ -19,7 +19,9 @@ from halfbyte.model.attention import set_attention, use_varlen_attention
 from halfbyte.model.fused import FusedNetwork
 from halfbyte.model.head import find_head
 from halfbyte.model.host_reads import HostReads
+from halfbyte.model.rotary import use_row_rotary
 from halfbyte.model.varlen import DeviceRows, NoKernelError
+from halfbyte.model.windows import short_windows
 from halfbyte.quant.linear import DropoutPosition, QLoRALinear
 
 
@@ -43,9 +45,11 @@ class QLoRAModel:
         self.fused: FusedNetwork | None = None
         self.kernels: Kernels | None = None
         self._adapter_on = True
-        theirs = _own_logits(self)
-        use_varlen_attention(network)
-        _check_logits(self, theirs)
+        with short_windows(network):
+            theirs = _own_logits(self)
+            use_row_rotary(network)
+            use_varlen_attention(network)
+            _check_logits(self, theirs)
 
     @property
     def position(self) -> DropoutPosition | None:
