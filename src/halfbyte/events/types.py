@@ -7,7 +7,7 @@ so that an older program reads a newer file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 
@@ -92,6 +92,49 @@ class Phase(Event):
     kind: ClassVar[str] = "phase"
     name: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class RowShown:
+    """A row that a filter dropped or changed, and the text that shows why."""
+
+    row: int  # in its source, from 0
+    text: str
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What one filter of the recipe did."""
+
+    name: str  # "exact_duplicates"
+    settings: str  # those that are not the defaults, in words: "by question"
+    rows_in: int
+    dropped: int
+    changed: int  # rows that stay, with another text
+    examples: list[RowShown]  # the first few of both
+
+
+@dataclass(frozen=True)
+class Funnel(Event):
+    """What cleaning left of the rows, filter by filter."""
+
+    kind: ClassVar[str] = "cleaning"
+    rows_in: int
+    rows_out: int  # to train or to be held out
+    filters: list[Filtered]
+
+    def __post_init__(self) -> None:
+        # A line of the record holds plain groups.
+        filters = [f if isinstance(f, Filtered) else _filtered(f) for f in self.filters]
+        object.__setattr__(self, "filters", filters)
+
+
+def _filtered(plain: dict[str, Any]) -> Filtered:
+    known = {f.name: plain[f.name] for f in fields(Filtered) if f.name != "examples"}
+    names = {f.name for f in fields(RowShown)}
+    shown = [{key: e[key] for key in e if key in names} for e in plain["examples"]]
+    return Filtered(**known, examples=[RowShown(**e) for e in shown])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""The filters of a recipe, one after the other, and what each of them did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from halfbyte.data.cleaning.duplicates import exact_duplicates
+from halfbyte.data.cleaning.encoding import check_ftfy, encoding
+from halfbyte.data.cleaning.language import check_languages, language
+from halfbyte.data.cleaning.lengths import length
+from halfbyte.data.cleaning.minhash import check_datasketch
+from halfbyte.data.cleaning.near_duplicates import near_duplicates
+from halfbyte.data.cleaning.overlap import overlap_with_held_out
+from halfbyte.data.cleaning.parts import Verdict
+from halfbyte.data.cleaning.patterns import pattern
+from halfbyte.data.cleaning.script import script
+from halfbyte.data.cleaning.unfinished import unfinished
+from halfbyte.data.example import Example
+from halfbyte.events.types import Filtered, Funnel, RowShown
+from halfbyte.recipe import cleaning as recipe
+
+EXAMPLES = 3  # rows of each filter that are shown
+
+Judge = Callable[[Sequence[Example]], Iterator[Verdict]]
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """The rows that are left, in their order and with their numbers, and what was done."""
+
+    examples: list[Example]
+    funnel: Funnel
+
+
+def clean(
+    filters: Sequence[recipe.Filter],
+    examples: Sequence[Example],
+    held_out: Sequence[Example] | None = None,
+) -> Cleaned:
+    """Apply ``filters`` in their order to ``examples``.
+
+    With ``held_out`` given those that look for an overlap with these rows are applied in their
+    place; without they are left out, to be applied when it is known which rows are held out. Each
+    filter's time is linear in the rows, and it keeps no more than some hundred bytes of each.
+    Raises DataError, before any row is looked at, where a filter needs a package that is missing.
+    """
+    check_packages(filters)
+    rows = list(examples)
+    steps: list[Filtered] = []
+    for settings in filters:
+        if isinstance(settings, recipe.OverlapWithHeldOut) and held_out is None:
+            continue
+        rows, step = _apply(settings, _judge(settings, held_out or ()), rows)
+        steps.append(step)
+    return Cleaned(rows, Funnel(len(examples), len(rows), steps))
+
+
+def check_packages(filters: Sequence[recipe.Filter]) -> None:
+    """Raises DataError where a filter needs a package that is missing."""
+    for settings in filters:
+        if isinstance(settings, recipe.NearDuplicates):
+            check_datasketch()
+        elif isinstance(settings, recipe.LanguageFilter):
+            check_languages(settings)
+        elif isinstance(settings, recipe.EncodingFilter) and settings.repair:
+            check_ftfy()
+
+
+def joined(first: Funnel, then: Funnel) -> Funnel:
+    """Two funnels as one, where ``then`` took some of the rows that ``first`` left.
+
+    Those that it did not look at, such as the held-out rows, are counted among those left.
+    """
+    dropped = then.rows_in - then.rows_out
+    return Funnel(first.rows_in, first.rows_out - dropped, [*first.filters, *then.filters])
+
+
+def _judge(settings: recipe.Filter, held_out: Sequence[Example]) -> Judge:
+    match settings:
+        case recipe.ExactDuplicates():
+            return partial(exact_duplicates, settings)
+        case recipe.NearDuplicates():
+            return partial(near_duplicates, settings)
+        case recipe.Length():
+            return partial(length, settings)
+        case recipe.Pattern():
+            return partial(pattern, settings)
+        case recipe.Unfinished():
+            return partial(unfinished, settings)
+        case recipe.ScriptFilter():
+            return partial(script, settings)
+        case recipe.LanguageFilter():
+            return partial(language, settings)
+        case recipe.EncodingFilter():
+            return partial(encoding, settings)
+        case recipe.OverlapWithHeldOut():
+            return partial(overlap_with_held_out, settings, held_out=held_out)
+        case _:
+            raise TypeError(f"{settings.filter} is no filter that is known here")
+
+
+def _apply(
+    settings: recipe.Filter, judge: Judge, rows: list[Example]
+) -> tuple[list[Example], Filtered]:
+    left: list[Example] = []
+    shown: list[RowShown] = []
+    dropped = changed = 0
+    for example, verdict in zip(rows, judge(rows), strict=True):
+        if verdict is None:
+            left.append(example)
+            continue
+        if isinstance(verdict, str):
+            dropped += 1
+            why = verdict
+        else:
+            mended, why = verdict
+            left.append(mended)
+            changed += 1
+        if len(shown) < EXAMPLES:
+            shown.append(RowShown(example.row, why, example.source))
+    return left, Filtered(settings.filter, settings.words, len(rows), dropped, changed, shown)

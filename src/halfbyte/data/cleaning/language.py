@@ -1,0 +1,60 @@
+"""Rows in another language."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from halfbyte.data.cleaning.parts import Verdict, beginning
+from halfbyte.data.cleaning.script import letters_by_script, parts_of
+from halfbyte.data.example import Example
+from halfbyte.errors import DataError
+from halfbyte.recipe.cleaning import LanguageFilter
+
+READ = 1000  # characters of a text: more change nothing and take longer
+SURE = 0.7  # so probable must another language be; one that is told at all has more
+NO_LANGUAGE = "zxx"  # numbers, markup, names of things
+
+NEEDS = (
+    "the filter language needs the package py3langid; install it with "
+    "pip install 'halfbyte[clean]'."
+)
+
+
+def language(settings: LanguageFilter, examples: Sequence[Example]) -> Iterator[Verdict]:
+    """Texts that are surely in a language not allowed, as py3langid tells it.
+
+    Raises DataError where the library is missing, or does not know a language that is allowed.
+    """
+    identifier = _identifier(settings.allow)
+    for example in examples:
+        verdict = None
+        for text in parts_of(example, settings.field):
+            beginning_of = text[:READ]
+            if letters_by_script(beginning_of).total() < settings.min_letters:
+                continue
+            name, probability = identifier.classify(beginning_of)
+            if name not in (*settings.allow, NO_LANGUAGE) and probability >= SURE:
+                verdict = f"{name}, to {probability:.0%}: {beginning(text)}"
+                break
+        yield verdict
+
+
+def check_languages(settings: LanguageFilter) -> None:
+    """Raises DataError where the library is missing or knows less."""
+    _identifier(settings.allow)
+
+
+def _identifier(languages: Sequence[str]) -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise DataError(NEEDS) from None
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    unknown = sorted(set(languages) - set(identifier.labels))
+    if unknown:
+        raise DataError(
+            f"the filter language cannot tell {', '.join(unknown)} from others: py3langid has no "
+            "such language; write its ISO 639 code, such as en or pt."
+        )
+    return identifier
