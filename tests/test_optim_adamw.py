@@ -123,7 +123,7 @@ def test_8bit_is_that_of_bitsandbytes(
             assert (off > share * way[key] + floor).sum() <= few * n
             if key == "tiny":
                 assert state["state1"].dtype == torch.float32
-                at = slice(offset - flat.blocked, offset - flat.blocked + n)
+                at = slice(offset - flat.groups[0].blocked, offset - flat.groups[0].blocked + n)
                 m, v = state["state1"].view(-1), state["state2"].view(-1)
                 torch.testing.assert_close(ours["m"][at], m, rtol=rtol, atol=1e-9)
                 torch.testing.assert_close(ours["v"][at], v, rtol=rtol, atol=1e-20)

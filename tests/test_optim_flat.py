@@ -35,7 +35,8 @@ def test_values_and_identity_stay_and_no_block_holds_two_tensors() -> None:
     for name, offset, shape in zip(flat.names, flat.offsets, flat.shapes, strict=True):
         assert torch.equal(named[name], before[name])
         taken[offset : offset + shape.numel()] += 1
-        assert (shape.numel() >= MIN_8BIT_SIZE) == (offset + shape.numel() <= flat.blocked)
+        blocked = flat.groups[0].blocked
+        assert (shape.numel() >= MIN_8BIT_SIZE) == (offset + shape.numel() <= blocked)
         if shape.numel() >= MIN_8BIT_SIZE:
             for block in range(offset // BLOCK, -(-(offset + shape.numel()) // BLOCK)):
                 owners.setdefault(block, set()).add(name)

@@ -5,7 +5,8 @@
 
 Rate, clipping factor, step count and whether there is an update at all are tensors on the
 device, so that a step never waits for it and can be captured in a CUDA graph. Where there is no
-update, nothing changes: not the weights, not the moments, not the step count.
+update, nothing changes: not the weights, not the moments, not the step count. The rate of a group
+of parameters is its factor times the run's.
 
 With ``use_kernels`` and Triton a step on a GPU is two or three launches
 (:mod:`halfbyte.kernels.adamw`); the PyTorch code here is what they are measured by.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from halfbyte.kernels import triton_shim
 from halfbyte.kernels.adamw import adamw_32bit_, adamw_scalars_
-from halfbyte.optim.flat import FlatParameters
+from halfbyte.optim.flat import FlatParameters, Group
 from halfbyte.recipe.schema import TrainingRecipe
 
 # Elements updated at once: what is made on the way fits a CPU's cache, or a few MB of a GPU, where
@@ -126,12 +127,14 @@ class AdamW:
         self.moments = self._make_moments()
         on_gpu = parameters.data.device.type == "cuda"
         self.use_kernels = use_kernels and on_gpu and triton_shim.INSTALLED
-        self.scalars = torch.zeros(4, device=parameters.data.device)
+        self.scalars = torch.zeros(len(self.moments), 4, device=parameters.data.device)
+        self.no = torch.zeros((), dtype=torch.bool, device=parameters.data.device)
         self.shadow: Tensor | None = None
 
-    def _make_moments(self) -> list[Moments]:
-        data = self.parameters.data
-        return [Moments32(0, data.numel(), data.device)]
+    def _make_moments(self) -> list[list[Moments]]:
+        """Of each group of the parameters."""
+        device = self.parameters.data.device
+        return [[Moments32(g.start, g.stop, device)] for g in self.parameters.groups]
 
     @torch.no_grad()
     def step(self, lr: Tensor, clip_scale: Tensor, do_update: Tensor) -> None:
@@ -147,55 +150,72 @@ class AdamW:
         # A sound exponent for the step that is thrown away at count 0; corrections in fp64, since
         # 1 - β₂ᵗ cancels three digits at the first step.
         t = self.count.clamp(min=1).double()
-        rate = lr.double()
-        step_size = (-rate / (1.0 - self.beta1**t)).float()
         root = torch.sqrt(1.0 - self.beta2**t).float()
-        decay = (1.0 - rate * self.weight_decay).float() if self.weight_decay > 0.0 else None
+        for group, group_moments in zip(self.parameters.groups, self.moments, strict=True):
+            rate = self._rate(lr, group).double()
+            step_size = (-rate / (1.0 - self.beta1**t)).float()
+            decay = (1.0 - rate * self.weight_decay).float() if self.weight_decay > 0.0 else None
+            for moments in group_moments:
+                self._update(moments, clip_scale, step_size, root, decay, do_update)
 
+    def _update(
+        self,
+        moments: Moments,
+        clip_scale: Tensor,
+        step_size: Tensor,
+        root: Tensor,
+        decay: Tensor | None,
+        do_update: Tensor,
+    ) -> None:
         data, grad = self.parameters.data, self.parameters.grad
         size = CHUNK_CPU if data.device.type == "cpu" else CHUNK_CUDA
-        for moments in self.moments:
-            for start in range(moments.start, moments.stop, size):
-                stop = min(start + size, moments.stop)
-                g, p = grad[start:stop] * clip_scale, data[start:stop]
-                m, v = moments.read(start, stop)
-                m.mul_(self.beta1).add_(g, alpha=1.0 - self.beta1)
-                v.mul_(self.beta2).addcmul_(g, g, value=1.0 - self.beta2)
-                # p + (step_size · m) / denominator, rounded in this order as addcdiv does.
-                change = (m * step_size).div_((v.sqrt() / root).add_(self.eps))
-                keep(p, change.add_(p if decay is None else p * decay), do_update)
-                moments.write(start, stop, m, v, do_update)
-                if self.shadow is not None:
-                    self.shadow[start:stop] = p
+        for start in range(moments.start, moments.stop, size):
+            stop = min(start + size, moments.stop)
+            g, p = grad[start:stop] * clip_scale, data[start:stop]
+            m, v = moments.read(start, stop)
+            m.mul_(self.beta1).add_(g, alpha=1.0 - self.beta1)
+            v.mul_(self.beta2).addcmul_(g, g, value=1.0 - self.beta2)
+            # p + (step_size · m) / denominator, rounded in this order as addcdiv does.
+            change = (m * step_size).div_((v.sqrt() / root).add_(self.eps))
+            keep(p, change.add_(p if decay is None else p * decay), do_update)
+            moments.write(start, stop, m, v, do_update)
+            if self.shadow is not None:
+                self.shadow[start:stop] = p
 
     def _step_by_kernels(self, lr: Tensor, clip_scale: Tensor, do_update: Tensor) -> None:
-        adamw_scalars_(
-            self.count,
-            lr,
-            clip_scale,
-            do_update,
-            self.scalars,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=self.weight_decay,
-        )
-        for moments in self.moments:
-            moments.update_parameters(
-                self.parameters.data,
-                self.parameters.grad,
-                self.scalars,
-                do_update,
+        for i, group in enumerate(self.parameters.groups):
+            adamw_scalars_(
+                self.count,
+                self._rate(lr, group),
+                clip_scale,
+                do_update if i == 0 else self.no,  # the update is counted once
+                self.scalars[i],
                 beta1=self.beta1,
                 beta2=self.beta2,
-                eps=self.eps,
-                shadow=self.shadow,
+                weight_decay=self.weight_decay,
             )
+            for moments in self.moments[i]:
+                moments.update_parameters(
+                    self.parameters.data,
+                    self.parameters.grad,
+                    self.scalars[i],
+                    do_update,
+                    beta1=self.beta1,
+                    beta2=self.beta2,
+                    eps=self.eps,
+                    shadow=self.shadow,
+                )
+
+    def _rate(self, lr: Tensor, group: Group) -> Tensor:
+        return lr if group.rate == 1.0 else lr * group.rate
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What the next step depends on, by name; views, not copies."""
         found = {"count": self.count}
-        for moments in self.moments:
-            found |= moments.state_tensors()
+        for i, group_moments in enumerate(self.moments):
+            for moments in group_moments:
+                prefix = f"group{i}." if i else ""
+                found |= {f"{prefix}{n}": t for n, t in moments.state_tensors().items()}
         return found
 
     @torch.no_grad()

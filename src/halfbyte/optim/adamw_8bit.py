@@ -79,35 +79,40 @@ def quantize_moments(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 class Moments8:
     """Moments in 8 bits for a range of whole blocks."""
 
-    def __init__(self, stop: int, device: torch.device, paged: bool = False) -> None:
+    def __init__(self, start: int, stop: int, device: torch.device, paged: bool = False) -> None:
         """``paged`` keeps the codes in pinned main memory, where a GPU's kernel reads and writes
         them over the bus; the scales, a sixty-fourth of them, stay on the device."""
-        self.start, self.stop = 0, stop
+        self.start, self.stop = start, stop
+        n = stop - start
         place = {"pin_memory": True} if paged else {"device": device}
-        self.codes_m = torch.zeros(stop, dtype=torch.uint8, **place)
-        self.codes_v = torch.zeros(stop, dtype=torch.uint8, **place)
-        self.absmax_m = torch.zeros(stop // BLOCK, device=device)
-        self.absmax_v = torch.zeros(stop // BLOCK, device=device)
+        self.codes_m = torch.zeros(n, dtype=torch.uint8, **place)
+        self.codes_v = torch.zeros(n, dtype=torch.uint8, **place)
+        self.absmax_m = torch.zeros(n // BLOCK, device=device)
+        self.absmax_v = torch.zeros(n // BLOCK, device=device)
         for signed in (True, False):  # now: a graph that is captured later cannot copy them over
             _borders(signed, device)
             _search_table(signed, device)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        blocks = slice(start // BLOCK, stop // BLOCK)
+        at, blocks = self._places(start, stop)
         return (
-            dequantize_moments(self.codes_m[start:stop], self.absmax_m[blocks], signed=True),
-            dequantize_moments(self.codes_v[start:stop], self.absmax_v[blocks], signed=False),
+            dequantize_moments(self.codes_m[at], self.absmax_m[blocks], signed=True),
+            dequantize_moments(self.codes_v[at], self.absmax_v[blocks], signed=False),
         )
 
     def write(self, start: int, stop: int, m: Tensor, v: Tensor, do_update: Tensor) -> None:
-        blocks = slice(start // BLOCK, stop // BLOCK)
+        at, blocks = self._places(start, stop)
         for values, signed, codes, absmax in (
             (m, True, self.codes_m, self.absmax_m),
             (v, False, self.codes_v, self.absmax_v),
         ):
             new_codes, new_absmax = quantize_moments(values, signed)
-            keep(codes[start:stop], new_codes, do_update)
+            keep(codes[at], new_codes, do_update)
             keep(absmax[blocks], new_absmax, do_update)
+
+    def _places(self, start: int, stop: int) -> tuple[slice, slice]:
+        first, last = start - self.start, stop - self.start
+        return slice(first, last), slice(first // BLOCK, last // BLOCK)
 
     def update_parameters(
         self,
@@ -121,9 +126,10 @@ class Moments8:
         eps: float,
         shadow: Tensor | None,
     ) -> None:
+        at = slice(self.start, self.stop)
         adamw_8bit_(
-            data[: self.stop],
-            grad[: self.stop],
+            data[at],
+            grad[at],
             self.codes_m,
             self.absmax_m,
             self.codes_v,
@@ -135,7 +141,7 @@ class Moments8:
             beta1=beta1,
             beta2=beta2,
             eps=eps,
-            shadow=None if shadow is None else shadow[: self.stop],
+            shadow=None if shadow is None else shadow[at],
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -165,11 +171,14 @@ class AdamW8bit(AdamW):
         self.paged = paged and use_kernels and on_gpu and triton_shim.INSTALLED
         super().__init__(parameters, training, use_kernels=use_kernels)
 
-    def _make_moments(self) -> list[Moments]:
-        data, blocked = self.parameters.data, self.parameters.blocked
-        found: list[Moments] = []
-        if blocked > 0:
-            found.append(Moments8(blocked, data.device, self.paged))
-        if blocked < data.numel():
-            found.append(Moments32(blocked, data.numel(), data.device))
-        return found
+    def _make_moments(self) -> list[list[Moments]]:
+        device = self.parameters.data.device
+        made: list[list[Moments]] = []
+        for group in self.parameters.groups:
+            found: list[Moments] = []
+            if group.blocked > group.start:
+                found.append(Moments8(group.start, group.blocked, device, self.paged))
+            if group.stop > group.blocked:
+                found.append(Moments32(group.blocked, group.stop, device))
+            made.append(found)
+        return made

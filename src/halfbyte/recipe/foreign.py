@@ -110,6 +110,8 @@ NAMES: dict[str, str] = {
     "lr": "training.learning_rate",
     "lr_scheduler_type": "training.lr_scheduler",
     "scheduler": "training.lr_scheduler",
+    "loraplus_ratio": "training.loraplus_lr_ratio",
+    "lora_plus_lr_ratio": "training.loraplus_lr_ratio",
     "warmup_ratio": "training.warmup_steps",
     "num_warmup_steps": "training.warmup_steps",
     "optim": "training.optimizer",
@@ -196,6 +198,7 @@ NOT_SETTINGS: dict[str, str] = {
     "wandb_project": "every run writes events.jsonl and its own report",
     "push_to_hub": "halfbyte writes the adapter to the run folder and uploads nothing",
     "bias": "an adapter has no biases",
+    "loraplus_lr_embedding": "an embedding has no adapter; it is trained as a whole or not at all",
     "task_type": "it is always a causal language model",
     "modules_to_save": "only the adapter is trained",
 }

@@ -235,6 +235,11 @@ class TrainingRecipe(Section):
         default="auto", description="Peak rate; auto is 2e-4, or 1e-4 from 13B parameters up."
     )
     lr_scheduler: Scheduler = Field(default="cosine", description="How the rate falls, to 0.")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | PositiveInt | None = Field(
+        default=None,
+        description="The rate of the adapters' B is so many times that of their A, which is "
+        "`learning_rate` (LoRA+, Hayou et al., 2024; 16 there); none if empty.",
+    )
     warmup_steps: Annotated[int, Field(ge=0)] | Auto = Field(
         default="auto", description="Steps of linear rise; auto is 3 % of all and at least 5."
     )

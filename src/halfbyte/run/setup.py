@@ -35,6 +35,7 @@ from halfbyte.model.source import ModelSource
 from halfbyte.model.varlen import NoKernelError
 from halfbyte.optim.choose import make_optimizer
 from halfbyte.optim.flat import FlatParameters, flatten_parameters
+from halfbyte.optim.loraplus import rate_factors
 from halfbyte.optim.schedule import schedule_table
 from halfbyte.plan.device import Device
 from halfbyte.quant.joined import FlatAdapter
@@ -217,7 +218,8 @@ def _fuse(
 def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
     """The optimizer, the schedule and the step of a run at its beginning."""
     recipe, training = assembly.recipe, assembly.recipe.training
-    parameters = flatten_parameters(model.lora_parameters())
+    trained = model.lora_parameters()
+    parameters = flatten_parameters(trained, rates=rate_factors(trained, training))
     kernels, _ = _kernels(assembly.device, assembly.earlier)
     kernels = model.kernels or kernels
     if model.fused is not None:
