@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
 from halfbyte.data.batch import Segment
-from halfbyte.data.example import Example
+from halfbyte.data.chat_render import ChatRender, TemplateFailed
+from halfbyte.data.example import Example, Message
+from halfbyte.data.text_rows import opening, text_segments
 from halfbyte.data.tokenize import leading_text
+from halfbyte.data.turns import (
+    NOTHING_LEARNED,
+    Conversation,
+    RowRefused,
+    Turn,
+    holds,
+    last_assistant,
+    learned_messages,
+    segments_of,
+    trace,
+)
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import LossOn
 
@@ -19,6 +34,10 @@ DATED = (
     f"the model's chat template writes the current date into each prompt; here and in the "
     f"adapter's folder it is always {PINNED.day} {PINNED:%B %Y}, so that what is prompted is what "
     "was trained."
+)
+NO_END = (
+    "the model's chat template leaves the token that ends a turn out of what it marks as the "
+    "assistant's; it is learned all the same, since the model would not learn to stop."
 )
 ELSE = "state another data.template (alpaca, plain or a text of your own)"
 
@@ -46,10 +65,10 @@ def pin_dates(template: str) -> tuple[str, bool]:
 
 
 class ModelChat:
-    """One user message and its answer, as the model's own template writes them.
+    """Conversations as the model's own template writes them.
 
-    The user's message is the instruction, a blank line and the input; either stands alone where
-    the other is empty.
+    A question that stands apart in a row becomes the user's message: the instruction, a blank
+    line and the input, or either alone where the other is empty.
     """
 
     name = "chat"
@@ -63,35 +82,62 @@ class ModelChat:
         self._own, dated = pin_dates(own)
         self.warnings = [DATED] if dated else []
         self._tokenizer = tokenizer
+        self._chat = ChatRender(self._own, tokenizer)
         self._system = system
         self._instruction = instruction
+        self._eos = tokenizer.eos_token or ""
+        if self._chat.marks_answers and self._marks_no_end():
+            self.warnings.append(NO_END)
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset(["instruction", "input"] if self._instruction is None else ["input"])
+        fields = ["instruction", "input"] if self._instruction is None else ["input"]
+        return self._chat.reads.union(fields)
 
     def question(self, example: Example) -> str:
-        instruction = example.instruction if self._instruction is None else self._instruction
-        return "\n\n".join(part for part in (instruction, example.input) if part)
+        if _has_question(example):
+            instruction = example.instruction if self._instruction is None else self._instruction
+            return "\n\n".join(part for part in (instruction, example.input) if part)
+        return opening(example.text)[0] if example.text is not None else example.asked
 
     def prompt(self, example: Example) -> str:
-        return self._render(self._messages(example), generate=True)
+        if example.text is not None:
+            return opening(example.text)[0]
+        last = last_assistant(example)
+        before = example.messages if last is None else example.messages[:last]
+        messages = self._messages(replace(example, messages=before))
+        return self._render(example, [messages], generate=True)[0]
+
+    def rows(self, example: Example, loss_on: LossOn) -> list[tuple[Example, list[Segment]]]:
+        if example.text is not None:
+            return [(example, text_segments(example, self._eos))]
+        left = learned_messages(example, loss_on)
+        if not left:
+            raise RowRefused(example, NOTHING_LEARNED)
+        if loss_on == "all":
+            left = left[-1:]
+        found: list[tuple[Example, list[Segment]]] = []
+        while left:
+            text, turns = self._trace(example, left, loss_on)
+            here = tuple(turn.message for turn in turns)
+            part = example
+            if found or len(here) < len(left):
+                until = example.messages[: left[-1] + 1]
+                part = replace(example, messages=until, turns=here)
+            spans = [span for turn in turns for span in turn.spans]
+            found.append((part, segments_of(text, spans, loss_on == "all")))
+            left = [place for place in left if place not in here]
+        return found[::-1]
 
     def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
-        messages = self._messages(example)
-        prompt = self._render(messages, generate=True)
-        answered = [*messages, {"role": "assistant", "content": example.answer}]
-        whole = self._render(answered, generate=False)
-        if not whole.startswith(prompt):
-            at = 0
-            while whole.startswith(prompt[: at + 1]):
-                at += 1
-            raise DataError(
-                "the model's chat template writes a prompt otherwise once its answer follows "
-                f"({prompt[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so that what was "
-                f"trained would not be what is prompted; {ELSE}."
+        rows = self.rows(example, loss_on)
+        if len(rows) > 1:
+            raise RowRefused(
+                example,
+                "the chat template writes earlier answers otherwise than they were given, so that "
+                "each has to be trained in a row of its own",
             )
-        return [Segment(prompt, loss_on == "all"), Segment(whole[len(prompt) :], True)]
+        return rows[0][1]
 
     def chat_template(self) -> str:
         """The model's own, with the recipe's system message as its default.
@@ -107,30 +153,121 @@ class ModelChat:
                 f"{{%- set messages = [{system}] + messages -%}}"
                 "{%- endif -%}"
             )
-        sample = self._render([{"role": "user", "content": "a"}], generate=True)
+        sample = self._render(Example(0), [[{"role": "user", "content": "a"}]], generate=True)[0]
         lead = leading_text(self._tokenizer, sample)
         if parts or lead:
             # Ends as an expression, after which, unlike after a block, white space is kept.
             parts.append(f"{{{{- {lead or repr('')} }}}}")
         return "".join([*parts, self._own])
 
-    def _messages(self, example: Example) -> list[dict[str, str]]:
-        user = {"role": "user", "content": self.question(example)}
-        if self._system is None:
-            return [user]
-        return [{"role": "system", "content": self._system}, user]
+    def _trace(
+        self, example: Example, wanted: Sequence[int], loss_on: LossOn
+    ) -> tuple[str, list[Turn]]:
+        """The text up to the last of the ``wanted`` messages, and those that stand in it."""
+        until = replace(example, messages=example.messages[: wanted[-1] + 1])
+        messages = self._messages(until)
+        shift = len(messages) - len(until.messages)
 
-    def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
-        import jinja2
+        def render(conversations: Sequence[Conversation], *, generate: bool) -> list[str]:
+            return self._render(example, conversations, generate=generate)
 
+        closing = self._chat.closing if len(wanted) > 1 else ""
+        text, turns, apart = trace(render, messages, [at + shift for at in wanted], closing)
+        if apart is not None:
+            raise RowRefused(example, _parted(*apart))
+        if self._chat.marks_answers and loss_on != "all":
+            marks = self._chat.with_marks(messages, example.tools)[1]
+            turns = [replace(turn, spans=self._marked(text, turn, marks)) for turn in turns]
+        self._check(example, text, turns, until.messages, shift)
+        return text, [replace(turn, message=turn.message - shift) for turn in turns]
+
+    def _marked(
+        self, text: str, turn: Turn, marks: Sequence[tuple[int, int]]
+    ) -> tuple[tuple[int, int], ...]:
+        """What of a turn the template marks as the assistant's, and what ends the turn.
+
+        A mark may begin with the header, which is prompted and not learned.
+        """
+        [(start, end)] = turn.spans
+        spans = [(max(a, start), min(b, end)) for a, b in marks if a < end and b > start]
+        if spans and not self._chat.ends_turn(text[slice(*spans[-1])]):
+            first, last = spans[-1]
+            spans[-1] = first, last + self._chat.end_of_turn_in(text[last:end])
+        return tuple(spans)
+
+    def _check(
+        self,
+        example: Example,
+        text: str,
+        turns: Sequence[Turn],
+        messages: Sequence[Message],
+        shift: int,
+    ) -> None:
+        """That the text holds what was asked and done, and what is learned holds what was said."""
+        for number, message in enumerate(messages, 1):
+            if message.role in ("user", "tool") and not holds(text, message.content):
+                raise RowRefused(
+                    example,
+                    f"the model's chat template has no place for message {number}, of the role "
+                    f"{message.role}; {ELSE}",
+                )
+        for turn in turns:
+            message = messages[turn.message - shift]
+            learned = "".join(text[start:end] for start, end in turn.spans)
+            names = [str(call.get("function", call).get("name")) for call in message.tool_calls]
+            if not all(holds(learned, said) for said in (message.content, *names)):
+                raise RowRefused(
+                    example,
+                    "the model's chat template leaves out, or does not mark as the assistant's, "
+                    f"a part of message {turn.message - shift + 1}; {ELSE}",
+                )
+
+    def _marks_no_end(self) -> bool:
+        """Whether the template marks an answer, but not the token that ends it."""
+        asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._own,
-                tokenize=False,
-                add_generation_prompt=generate,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            text, marks = self._chat.with_marks([asked, said])
+        except TemplateFailed:
+            return False
+        if not marks or self._chat.ends_turn(text[slice(*marks[-1])]):
+            return False
+        return self._chat.end_of_turn_in(text[marks[-1][1] :]) > 0
+
+    def _messages(self, example: Example) -> list[dict[str, Any]]:
+        messages = list(example.messages)
+        stated = bool(messages) and messages[0].role == "system"
+        if _has_question(example):
+            messages.insert(int(stated), Message("user", self.question(example)))
+        elif self._instruction is not None:
             raise DataError(
-                f"the model's chat template does not take a row ({str(error).rstrip('.')}); {ELSE}."
+                "data.instruction is for rows of questions and answers, and there are "
+                "conversations; state data.system in its place."
+            )
+        if self._system is not None and not stated:
+            messages.insert(0, Message("system", self._system))
+        return self._chat.messages(messages)
+
+    def _render(
+        self, example: Example, conversations: Sequence[Conversation], *, generate: bool
+    ) -> list[str]:
+        try:
+            return self._chat(conversations, generate=generate, tools=example.tools)
+        except TemplateFailed as error:
+            raise RowRefused(
+                example, f"the model's chat template does not take it ({error}); {ELSE}"
             ) from error
+
+
+def _has_question(example: Example) -> bool:
+    return example.instruction is not None or example.input is not None
+
+
+def _parted(prompt: str, whole: str) -> str:
+    at = 0
+    while whole.startswith(prompt[: at + 1]):
+        at += 1
+    return (
+        "the model's chat template writes a prompt otherwise once its answer follows "
+        f"({prompt[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so that what was trained "
+        f"would not be what is prompted; {ELSE}"
+    )

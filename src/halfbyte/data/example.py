@@ -38,7 +38,9 @@ class Example:
     those of the recipe. ``instruction`` and ``input`` are the two parts of the one question of a
     row that has them apart; the question is then no message yet, since templates join the parts
     in their own ways, and ``messages`` hold the answer alone, and a system message before it if
-    there is one. ``tools`` are those that the conversation may use, as JSON schemas.
+    there is one. ``tools`` are those that the conversation may use, as JSON schemas. ``turns``
+    are the places of the messages that this row is for, where a conversation had to become
+    several rows (see :meth:`Template.rows`); None where it did not.
     """
 
     row: int
@@ -48,6 +50,7 @@ class Example:
     input: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     source: int = 0
+    turns: tuple[int, ...] | None = None
 
     @classmethod
     def question_and_answer(

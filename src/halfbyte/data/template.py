@@ -13,23 +13,34 @@ from typing import Any, Protocol
 from halfbyte.data.batch import Segment
 from halfbyte.data.chat_template import ModelChat, own_template
 from halfbyte.data.example import Example
+from halfbyte.data.text_rows import TextRows
 from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_format
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
 from halfbyte.recipe.schema import DataRecipe, LossOn
 
+TEXTS = "the rows are texts without questions, which are learned as they stand"
+
 
 class Template(Protocol):
-    """A format of rows."""
+    """A format of rows.
+
+    What takes an example raises RowRefused where the format has no place for it, or cannot be
+    shown to write it as a model would be prompted.
+    """
 
     @property
     def name(self) -> str:
-        """``chat``, ``alpaca``, ``plain`` or ``custom``."""
+        """``chat``, ``alpaca``, ``plain``, ``text`` or ``custom``."""
         ...
 
     @property
     def reads(self) -> frozenset[str]:
-        """Those of ``instruction`` and ``input`` that a row's text depends on."""
+        """What of a row its text depends on, but for the messages themselves.
+
+        Those of ``instruction``, ``input``, ``system``, ``tools`` and ``reasoning`` that have a
+        place; what a row has of the others is left out.
+        """
         ...
 
     @property
@@ -38,21 +49,36 @@ class Template(Protocol):
         ...
 
     def question(self, example: Example) -> str:
-        """What a user would have typed: as the one user message, it renders ``prompt``."""
+        """What a user would have typed: as the one user message, it renders ``prompt``.
+
+        Of a conversation, which no one message renders, all that was said before its last answer.
+        """
         ...
 
     def prompt(self, example: Example) -> str:
-        """The text up to where the answer begins.
+        """The text up to where the last answer begins; of a text its beginning.
 
         It holds the beginning-of-sequence token only where the model's own chat template writes
         it: tokenize it with the special tokens that the tokenizer adds, and that one not twice.
         """
         ...
 
-    def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
-        """The whole row: prompt, answer, end of sequence or of turn.
+    def rows(self, example: Example, loss_on: LossOn) -> list[tuple[Example, list[Segment]]]:
+        """What is trained of ``example``: most often itself, and its segments.
 
-        The answer and what ends it are learned, the prompt only where ``loss_on`` is ``all``.
+        A chat template may write an earlier answer otherwise than it was given (Qwen 3 leaves out
+        its thoughts) or than it was prompted for (Mistral moves the system message on). Such a
+        conversation becomes several rows with the same number, each up to one of its answers and
+        with that learned, so that every answer is learned once, in the text that the model sees
+        when it gives it.
+        """
+        ...
+
+    def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
+        """The one row that ``rows`` makes of ``example``, up to the end of its last answer.
+
+        Learned are the answers that ``loss_on`` names, each with what ends it and without its
+        header, and of a text everything; see :func:`halfbyte.data.turns.learned_messages`.
         """
         ...
 
@@ -65,19 +91,24 @@ class Template(Protocol):
         ...
 
 
-def make_template(data: DataRecipe, tokenizer: Any = None) -> tuple[Template, list[Choice]]:
+def make_template(
+    data: DataRecipe, tokenizer: Any = None, *, texts: bool = False
+) -> tuple[Template, list[Choice]]:
     """The template that ``data`` asks for, and what was chosen for the user.
 
-    Without a tokenizer (a look at a file before a model is named) ``auto`` is ``alpaca``, and
-    special tokens are left out. Raises DataError for a template that is none, or one that has no
-    place for what the recipe states.
+    ``texts``: all rows are texts without questions, which need no template; where only some are,
+    every template takes them as they are. Without a tokenizer (a look at a file before a model is
+    named) ``auto`` is ``alpaca``, and special tokens are left out. Raises DataError for a template
+    that is none, or one that has no place for what the recipe states.
     """
     asked = data.template.strip()
     choices: list[Choice] = []
     name = asked
     if asked == "auto":
-        name, reason = _automatic(tokenizer)
+        name, reason = ("text", TEXTS) if texts else _automatic(tokenizer)
         choices.append(Choice("data.template", "auto", name, reason))
+    if name == "text":
+        return TextRows(tokenizer, own_template(tokenizer) if tokenizer else None), choices
     if name == "chat":
         return ModelChat(tokenizer, system=data.system, instruction=data.instruction), choices
     if data.system is not None:

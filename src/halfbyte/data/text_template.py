@@ -10,7 +10,9 @@ from typing import Any
 
 from halfbyte.data.batch import Segment
 from halfbyte.data.example import Example
+from halfbyte.data.text_rows import opening, text_segments
 from halfbyte.data.tokenize import leading_text
+from halfbyte.data.turns import NOTHING_LEARNED, RowRefused, last_assistant, learned_messages
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import LossOn
 
@@ -171,24 +173,73 @@ class TextTemplate:
     @property
     def reads(self) -> frozenset[str]:
         if self.format.between is None:
-            return frozenset([self.format.only])
-        return frozenset(["instruction", "input"])
+            return frozenset([self.format.only, "system"])
+        return frozenset(["instruction", "input", "system"])
 
     def question(self, example: Example) -> str:
+        if example.text is not None:
+            return opening(example.text)[0]
+        if example.instruction is None and example.input is None:
+            return example.asked
         return self.format.question(example.instruction or "", example.input or "")
 
     def prompt(self, example: Example) -> str:
-        return self.format.prompt(self.question(example))
+        if example.text is not None:
+            return opening(example.text)[0]
+        return "".join(text for text, _ in self._pieces(example, last_assistant(example)))
+
+    def rows(self, example: Example, loss_on: LossOn) -> list[tuple[Example, list[Segment]]]:
+        return [(example, self.segments(example, loss_on))]
 
     def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
-        answer = example.answer
-        # An answer may bring its end along; it is not written twice.
-        end = "" if self._eos and answer.endswith(self._eos) else self._eos
-        return [
-            Segment(self.prompt(example), loss_on == "all"),
-            Segment(answer, True),
-            Segment(end, True),
-        ]
+        if example.text is not None:
+            return text_segments(example, self._eos)
+        learned = learned_messages(example, loss_on)
+        if not learned:
+            raise RowRefused(example, NOTHING_LEARNED)
+        # What follows the last one is neither learned nor seen by what is.
+        pieces = self._pieces(example, learned[-1] + 1)
+        return [Segment(text, loss_on == "all" or at in learned) for text, at in pieces]
+
+    def _pieces(self, example: Example, until: int | None) -> list[tuple[str, int | None]]:
+        """The texts of the messages before ``until``, an answer's with the place of its message.
+
+        They stand one after another, each user's in the format's frame.
+        """
+        asked = example.instruction is not None or example.input is not None
+        system = ""
+        found: list[tuple[str, int | None]] = []
+        for at, message in enumerate(example.messages[:until]):
+            if message.role == "tool" or message.tool_calls:
+                raise RowRefused(
+                    example,
+                    f"the template {self.name} has no place for tool calls and their results; "
+                    "state data.template: chat, with a model whose chat template has one",
+                )
+            if message.role == "system":
+                system = message.content
+            elif message.role == "user":
+                found.append((self._frame(message.content, system), None))
+            else:
+                if asked:
+                    found.append((self._frame(self.question(example), system), None))
+                    asked = False
+                # An answer may bring its end along; it is not written twice.
+                end = "" if self._eos and message.content.endswith(self._eos) else self._eos
+                found += [(message.content, at), (end, at)]
+        if asked:
+            found.append((self._frame(self.question(example), system), None))
+        return found
+
+    def _frame(self, content: str, system: str) -> str:
+        """A user's message in the format; a system message takes the instruction's place."""
+        if self._instruction is not None and system:
+            return self._asked.with_instruction(system).prompt(content)
+        if self._instruction is not None or not system:
+            return self.format.prompt(content)
+        joint = "\n\n" if self.format.between is None else self.format.between
+        parts = (content, system) if self.format.input_first else (system, content)
+        return self.format.prompt(joint.join(parts))
 
     def chat_template(self) -> str:
         """Each user message in the format's frame, each answer with its end of sequence.

@@ -19,13 +19,13 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
 Scheduler = Literal["cosine", "linear", "constant"]
 LoraInit = Literal["kaiming", "gaussian"]
-LossOn = Literal["answer", "all"]
+LossOn = Literal["answer", "assistant", "last", "flags", "all"]
 LongRows = Literal["cut_right", "cut_left", "drop", "split"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 
-TEMPLATES = ("auto", "chat", "alpaca", "plain")
+TEMPLATES = ("auto", "chat", "alpaca", "plain", "text")
 
 
 class Section(BaseModel):
@@ -177,12 +177,17 @@ class DataRecipe(Section):
     )
     template: str = Field(
         default="auto",
-        description="`chat` (the model's own chat template), `alpaca`, `plain`, or the text of a "
-        "row's prompt with {instruction}, {input} and, at its end, {output}; auto is `chat` where "
-        "the model has a chat template, else `alpaca`.",
+        description="`chat` (the model's own chat template), `alpaca`, `plain`, `text` (none, for "
+        "rows that are texts), or the text of a row's prompt with {instruction}, {input} and, at "
+        "its end, {output}; auto is `text` where all rows are texts, else `chat` where the model "
+        "has a chat template, else `alpaca`.",
     )
     loss_on: LossOn = Field(
-        default="answer", description="Learn the answer alone, or every token of the row."
+        default="answer",
+        description="What is learned: `answer`, all that the assistant says but messages that the "
+        "row itself excludes; `assistant`, those too; `last`, the last answer alone; `flags`, only "
+        "messages that the row says are learned; `all`, every token of the row. Texts are always "
+        "learned whole.",
     )
     limit: PositiveInt | None = Field(
         default=None,

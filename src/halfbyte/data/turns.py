@@ -1,0 +1,135 @@
+"""Where the assistant's messages stand in a rendered conversation, and which of them are learned.
+
+A chat template is a program that nobody can read off where an answer begins. So the conversation
+is rendered again as a model would be prompted with it, up to each answer, and again up to its end.
+What lies between is that answer, its header left out and what ends the turn included; and a row is
+only trained where every one of these renderings is how the whole one begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from halfbyte.data.batch import Segment
+from halfbyte.data.example import Example, Message
+from halfbyte.errors import DataError
+from halfbyte.recipe.schema import LossOn
+
+Conversation = Sequence[dict[str, Any]]
+NOTHING_LEARNED = "nothing of the assistant to learn"
+
+
+class RowRefused(DataError):
+    """A row that cannot be trained as its template writes it.
+
+    ``row`` and ``source`` are the example's; ``reason`` is why, in words that name no row, so
+    that rows can be counted by it.
+    """
+
+    def __init__(self, example: Example, reason: str) -> None:
+        self.row = example.row
+        self.source = example.source
+        self.reason = reason
+        super().__init__(f"row {example.row + 1:,}: {reason}.")
+
+
+class Render(Protocol):
+    """A chat template at work: the text of each of some conversations."""
+
+    def __call__(self, conversations: Sequence[Conversation], *, generate: bool) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant's message in the text of its conversation.
+
+    ``spans`` are the characters, from and up to, that are learned: at first all from behind what
+    is prompted to behind what ends the turn.
+    """
+
+    message: int
+    spans: tuple[tuple[int, int], ...]
+
+
+def learned_messages(example: Example, loss_on: LossOn) -> list[int]:
+    """The messages of ``example`` that are learned, as places in ``example.messages``.
+
+    Only what an assistant says can be; a message without text and tool calls says nothing, and to
+    learn it would be to learn silence. ``answer`` is every one that the row does not itself
+    exclude, ``assistant`` and ``all`` every one, ``last`` the last message of the assistant,
+    ``flags`` those that the row says are to be learned.
+    """
+    spoken = [i for i, m in enumerate(example.messages) if m.role == "assistant" and says(m)]
+    if example.turns is not None:
+        return [i for i in spoken if i in example.turns]
+    if loss_on == "last":
+        return [i for i in spoken if i == last_assistant(example)]
+    if loss_on == "flags":
+        return [i for i in spoken if example.messages[i].learn]
+    if loss_on == "answer":
+        return [i for i in spoken if example.messages[i].learn is not False]
+    return spoken
+
+
+def says(message: Message) -> bool:
+    """Whether there is anything in a message to learn; thoughts alone are no answer."""
+    return bool(message.content.strip() or message.tool_calls)
+
+
+def last_assistant(example: Example) -> int | None:
+    """The place of the last message of the assistant."""
+    places = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
+    return places[-1] if places else None
+
+
+def trace(
+    render: Render, messages: Conversation, wanted: Sequence[int], closing: str
+) -> tuple[str, list[Turn], tuple[str, str] | None]:
+    """The text of a conversation, and those of the ``wanted`` messages that stand in it as they
+    are when they are prompted for and given.
+
+    ``wanted`` ascends and ends with the last of ``messages``; if that one does not stand there,
+    its prompt comes back, with the text that does not begin with it. ``closing`` is what the
+    template writes behind the last message of every conversation.
+    """
+    prompts = render([messages[:i] for i in wanted], generate=True)
+    *given, text = render([messages[: i + 1] for i in wanted], generate=False)
+    turns: list[Turn] = []
+    for place, prompt, so_far in zip(wanted[:-1], prompts, given, strict=False):
+        if closing and not text.startswith(so_far):
+            so_far = so_far.removesuffix(closing)
+        if text.startswith(prompt) and text.startswith(so_far) and len(so_far) > len(prompt):
+            turns.append(Turn(place, ((len(prompt), len(so_far)),)))
+    if not text.startswith(prompts[-1]):
+        return text, turns, (prompts[-1], text)
+    return text, [*turns, Turn(wanted[-1], ((len(prompts[-1]), len(text)),))], None
+
+
+def segments_of(text: str, spans: Sequence[tuple[int, int]], everything: bool) -> list[Segment]:
+    """``text`` cut at ``spans``, which are learned, as is the rest where ``everything`` is."""
+    found: list[Segment] = []
+    at = 0
+    for start, end in spans:
+        if start > at:
+            found.append(Segment(text[at:start], everything))
+        found.append(Segment(text[start:end], True))
+        at = end
+    if at < len(text):
+        found.append(Segment(text[at:], everything))
+    return found
+
+
+def holds(text: str, said: str) -> bool:
+    """Whether ``said`` stands in ``text``: as it is, as JSON writes it, or with other spaces."""
+    said = said.strip()
+    if said in text:
+        return True
+    bare = _bare(text)
+    return _bare(said) in bare or _bare(json.dumps(said, ensure_ascii=False)[1:-1]) in bare
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
