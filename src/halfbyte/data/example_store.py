@@ -98,6 +98,8 @@ def _decode(line: bytes) -> Example:
             message["tool_calls"] = tuple(message["tool_calls"])
     if "tools" in fields:
         fields["tools"] = tuple(fields["tools"])
+    if "turns" in fields:
+        fields["turns"] = tuple(fields["turns"])
     return Example(messages=tuple(Message(**message) for message in messages), **fields)
 
 
@@ -108,4 +110,5 @@ _FIELDS: dict[str, Any] = {
     "input": None,
     "tools": (),
     "source": 0,
+    "turns": None,
 }
