@@ -267,14 +267,16 @@ def test_the_maximum_length_is_the_99th_percentile(tokenizer: Any, tmp_path: Pat
 def test_what_the_user_may_not_expect_is_said(
     tokenizer: Any, tmp_path: Path, rows: list[Any], data: dict[str, Any], sentence: str
 ) -> None:
-    warnings = prepared(tokenizer, tmp_path, rows, **data).warnings
-    assert sentence in " ".join(warnings)
+    findings = prepared(tokenizer, tmp_path, rows, **data).findings
+    assert sentence in " ".join(finding.sentence for finding in findings)
 
 
 def test_ordinary_rows_get_no_warning(tokenizer: Any, tiny_rows: Path) -> None:
     for template in ("chat", "alpaca", "plain"):
         found = prepare(recipe(tiny_rows, template=template), tokenizer, MODEL_LENGTH)
         assert found.warnings == []
+        few_and_foreign = {"few-rows"} if template == "chat" else {"few-rows", "foreign-template"}
+        assert {finding.name for finding in found.findings} == few_and_foreign
         assert (len(found.train), len(found.held_out)) == (23, 1)
         assert found.template.question(found.held_out_rows[0]).startswith("Say the number")
 

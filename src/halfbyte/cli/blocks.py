@@ -26,6 +26,7 @@ from halfbyte.events.types import (
     Checked,
     Choice,
     Evaluated,
+    Found,
     ModelLoaded,
     TrainingStarted,
 )
@@ -72,6 +73,27 @@ def audit_block(audit: Audited) -> Block:
         f"{audit.tokens:,} tokens an epoch, {audit.labels:,} of them ({share:.0%}) carry loss",
     ]
     return Block("data", lines)
+
+
+SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
+
+
+def finding_block(found: Found) -> tuple[Block, str]:
+    """A finding of the audit with its rows and examples, and the style of its label."""
+    accepted = " (accepted by the recipe)" if found.accepted else ""
+    lines = [f"{found.name}{accepted}: {found.sentence}"]
+    if found.rows:
+        lines.append(_places(found))
+    return Block(found.severity, lines), SEVERITY_STYLES.get(found.severity, "")
+
+
+def _places(found: Found) -> str:
+    rows = ", ".join(f"{row + 1:,}" for row in found.rows)
+    more = ", …" if found.count > len(found.rows) else ""
+    examples = "; ".join(found.examples)
+    return f"row{'s' if found.count > 1 else ''} {rows}{more}" + (
+        f": {examples}" if examples else ""
+    )
 
 
 def _reasons(dropped: dict[str, int]) -> str:

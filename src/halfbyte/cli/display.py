@@ -24,6 +24,7 @@ from halfbyte.cli.blocks import (
     check_text,
     choice_value,
     evaluation_text,
+    finding_block,
     model_block,
     resolved_block,
     sample_text,
@@ -40,6 +41,7 @@ from halfbyte.events.types import (
     Event,
     Fallback,
     Finished,
+    Found,
     Interrupted,
     Kept,
     ModelLoaded,
@@ -103,6 +105,9 @@ class Display:
             case Warned(text, step):
                 where = f"step {step:,}: " if step is not None else ""
                 self.block(Block("warning", [where + text]), "bold yellow")
+            case Found():
+                block, style = finding_block(event)
+                self.block(block, style)
             case Fallback(what, reason):
                 self.block(Block("fallback", [f"{what}: {reason}"]), "bold yellow")
             case ModelLoaded():

@@ -89,7 +89,7 @@ def _show(display: Display, asked: Recipe, effective: Recipe, events: Sequence[E
     from rich.text import Text
 
     from halfbyte.cli.units import value_text, visible
-    from halfbyte.events.types import Choice, Warned
+    from halfbyte.events.types import Choice, Found, Warned
     from halfbyte.recipe.settings import get, settings
 
     chosen = {event.key: event for event in events if isinstance(event, Choice)}
@@ -112,7 +112,7 @@ def _show(display: Display, asked: Recipe, effective: Recipe, events: Sequence[E
     if display.live:
         display.console.print(table)
     for event in events:
-        if isinstance(event, Warned):
+        if isinstance(event, Warned | Found):
             display(event)
 
 

@@ -9,28 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.data.audit import (
-    border_warning,
-    length_percentiles,
-    percentile,
-    sample_of,
-    warnings_of,
-)
+from halfbyte.data.audit.findings import find_all
+from halfbyte.data.audit.lengths import length_percentiles, percentile
+from halfbyte.data.audit.sample import sample_of
+from halfbyte.data.audit.subject import EMPTY_ANSWER, NOTHING_LEFT, Subject
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.example import Example
 from halfbyte.data.split import choose_held_out, read_split
 from halfbyte.data.template import Template, make_template
 from halfbyte.data.tokenize import cut, tokenize_rows
 from halfbyte.errors import DataError
-from halfbyte.events.types import Audited, Choice
+from halfbyte.events.types import Audited, Choice, Found
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.schema import DataRecipe
 
-EMPTY_ANSWER = "empty answer"
-NOTHING_LEFT = "nothing to learn after cutting"
-
 SHORTEST = 8  # the least that data.max_length takes
-LOOKED_AT = 100  # rows whose prompts are also tokenized alone
 
 
 @dataclass(frozen=True)
@@ -39,21 +32,26 @@ class Prepared:
 
     train: list[TokenizedRow]  # in the order of the source; Batches shuffles them
     held_out: list[TokenizedRow]
+    train_rows: list[Example]  # aligned with train
     held_out_rows: list[Example]  # aligned with held_out
     max_length: int
     template: Template
     audit: Audited
     choices: list[Choice]
     warnings: list[str]
+    findings: list[Found]
 
 
-def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
+def prepare(
+    recipe: Recipe, tokenizer: Any, model_max_length: int, *, thorough: bool = False
+) -> Prepared:
     """Read, render, tokenize, cut, split and audit the rows of ``recipe.data``.
 
     ``model_max_length`` is in tokens. Rows are held out after those with nothing to learn are
     dropped and the maximum length is known, so that the effective recipe, with both numbers
-    stated, gives the same rows. Raises DataError for whatever is wrong with the data, also where
-    no row is left to train.
+    stated, gives the same rows. The audit looks at some rows for what takes time, at all of them
+    where it is ``thorough``. Raises DataError for whatever is wrong with the data, also where no
+    row is left to train; errors among the findings are the caller's to refuse.
     """
     data = recipe.data
     read = read_split(data)
@@ -69,7 +67,7 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
     usable[[i for i, row in rows.items() if row.num_labels]] = True
 
     if not usable[:may_train].any():  # said before anything is said of held-out rows
-        raise DataError(_no_rows(data, _dropped(rows, usable, may_train), max_length))
+        raise DataError(_no_rows(data, _counted(_dropped(rows, usable, may_train)), max_length))
     held_out, considered = choose_held_out(data, read, usable, recipe.seed)
     trains = usable & ~held_out
     trains[may_train:] = False
@@ -80,13 +78,14 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
         )
     train, train_rows = [rows[i] for i in train_at], [read.rows[i] for i in train_at]
     held_out_rows = [read.rows[i] for i in held_out_at]
+    dropped = _dropped(rows, usable, considered)
     audit = Audited(
         source=data.path,
         rows_read=considered,
         rows_used=len(train),
         rows_held_out=len(held_out_at),
         rows_shortened=sum(row.cut > 0 for row in train),
-        rows_dropped=dict(_dropped(rows, usable, considered)),
+        rows_dropped=dict(_counted(dropped)),
         template=template.name,
         loss_on=data.loss_on,
         max_length=max_length,
@@ -98,18 +97,20 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
         columns=read.columns.by_role(),
         sha256=read.sha256,
     )
-    warnings = warnings_of(
-        train_rows,
-        held_out_rows,
-        train,
-        tokenizer,
-        max_length=max_length,
-        reads=template.reads,
+    findings = find_all(
+        Subject(
+            data=data,
+            rows=train_rows,
+            tokenized=train,
+            held_out=held_out_rows,
+            tokenizer=tokenizer,
+            template=template,
+            max_length=max_length,
+            dropped={why: [read.rows[i].row for i in at] for why, at in dropped.items()},
+            thorough=thorough,
+        )
     )
-    some = train_rows[:LOOKED_AT]
-    warnings += border_warning(
-        tokenizer, [template.prompt(row) for row in some], train[: len(some)]
-    )
+    warnings = []
     if max_length > model_max_length:
         warnings.append(
             f"data.max_length is {max_length:,} tokens and the model was made for "
@@ -118,12 +119,14 @@ def prepare(recipe: Recipe, tokenizer: Any, model_max_length: int) -> Prepared:
     return Prepared(
         train=train,
         held_out=[rows[i] for i in held_out_at],
+        train_rows=train_rows,
         held_out_rows=held_out_rows,
         max_length=max_length,
         template=template,
         audit=audit,
         choices=[*read.choices, *choices],
         warnings=[*read.warnings, *template.warnings, *warnings],
+        findings=findings,
     )
 
 
@@ -146,10 +149,18 @@ def _max_length(
     return chosen
 
 
-def _dropped(rows: Mapping[int, TokenizedRow], usable: np.ndarray, considered: int) -> Counter[str]:
-    """Reason to number of rows; those with an answer are in ``rows``."""
-    unusable = np.flatnonzero(~usable[:considered]).tolist()
-    return Counter(NOTHING_LEFT if i in rows else EMPTY_ANSWER for i in unusable)
+def _dropped(
+    rows: Mapping[int, TokenizedRow], usable: np.ndarray, considered: int
+) -> dict[str, list[int]]:
+    """Reason to the places of the rows left out; those with an answer are in ``rows``."""
+    dropped: dict[str, list[int]] = {}
+    for i in np.flatnonzero(~usable[:considered]).tolist():
+        dropped.setdefault(NOTHING_LEFT if i in rows else EMPTY_ANSWER, []).append(i)
+    return dropped
+
+
+def _counted(dropped: Mapping[str, Sequence[int]]) -> Counter[str]:
+    return Counter({reason: len(places) for reason, places in dropped.items()})
 
 
 def _no_rows(data: DataRecipe, dropped: Counter[str], max_length: int) -> str:

@@ -161,6 +161,32 @@ class Audited(Event):
 
 
 @dataclass(frozen=True)
+class Found(Event):
+    """Something in the data that spoils a run, or that the user may not expect."""
+
+    kind: ClassVar[str] = "found"
+    name: str  # "end-not-learned", as data.accept takes it; docs/audit.md lists them
+    severity: str  # "error", "warning" or "note"
+    text: str  # what is so, a clause without its full stop
+    todo: str  # what to do about it, likewise
+    count: int = 0  # rows that it concerns; 0 where it is no matter of single rows
+    of: int = 0  # rows looked at
+    rows: list[int] = field(default_factory=list)  # the first few, numbers in the source from 0
+    examples: list[str] = field(default_factory=list)  # pieces of them, private data hidden
+    accepted: bool = False  # an error that the recipe accepts by name
+
+    @property
+    def sentence(self) -> str:
+        """What is so and what to do."""
+        return f"{self.text}; {self.todo}."
+
+    @property
+    def stops(self) -> bool:
+        """Whether a run must not begin."""
+        return self.severity == "error" and not self.accepted
+
+
+@dataclass(frozen=True)
 class ModelLoaded(Event):
     """The base model and its adapter."""
 

@@ -158,6 +158,21 @@ class ColumnsRecipe(Section):
     output: str | None = Field(default=None, description="Column of the answer to learn.")
 
 
+# Errors among the audit's findings (docs/audit.md), which a recipe may accept.
+Acceptable = Literal[
+    "doubled-begin",
+    "empty-answers",
+    "end-not-learned",
+    "foreign-template",
+    "held-out-in-training",
+    "nothing-learned",
+    "prompt-in-answer",
+    "same-answers",
+    "template-in-rows",
+    "wrong-labels",
+]
+
+
 class DataRecipe(Section):
     """The rows and how one is rendered."""
 
@@ -221,6 +236,11 @@ class DataRecipe(Section):
         "forward passes are of one size. Rows stay apart: attention and positions begin anew in "
         "each, and each weighs in the loss as it does without. Then `training.batch_size` counts "
         "packs.",
+    )
+    accept: list[Acceptable] = Field(
+        default_factory=list,
+        description="Errors that the audit finds and that are meant so, by name; the others stop "
+        "the run before its first step.",
     )
 
     @model_validator(mode="after")

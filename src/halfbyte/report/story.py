@@ -25,6 +25,7 @@ from halfbyte.events.types import (
     Event,
     Fallback,
     Finished,
+    Found,
     Interrupted,
     Kept,
     ModelLoaded,
@@ -78,6 +79,7 @@ class Story:
     environments: list[Environment]  # one for each different machine or set of versions
     choices: dict[str, Choice]  # by key
     warnings: list[Warned]
+    findings: list[Found]  # of the audit; none in records of before there were any
     fallbacks: list[Fallback]
     phases: list[Phase]  # a name that comes twice is summed
     audit: Audited | None
@@ -235,6 +237,7 @@ def _tell(
         environments=_different(_only(events, Environment)),
         choices={e.key: e for e in _only(events, Choice)},
         warnings=_different(_only(events, Warned)),
+        findings=_different(_only(events, Found)),
         fallbacks=_different(_only(events, Fallback)),
         phases=_summed(_only(events, Phase)),
         audit=_last(_only(events, Audited)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.data.audit.findings import refuse_errors
 from halfbyte.data.batch import Bucket
 from halfbyte.data.batching import Batches
 from halfbyte.data.packing import Packs
@@ -131,8 +132,11 @@ def assemble(
     if tell:
         for choice in [*data.choices, *resolved.choices]:
             emit(choice)
+        for finding in data.findings:
+            emit(finding)
         for text in [*data.warnings, *resolved.warnings]:
             emit(Warned(text))
+        refuse_errors(asked_path, data.findings)
     return Assembly(resolved.recipe, source, data, device, resolved, earlier, packs)
 
 

@@ -19,6 +19,7 @@ from halfbyte.events.types import (
     Event,
     Fallback,
     Finished,
+    Found,
     Interrupted,
     Kept,
     Phase,
@@ -75,6 +76,8 @@ class Losses:
                 return f"{name}: {seconds:.1f} s"
             case Warned(text):
                 return self._note(f"warning: {text}")
+            case Found(severity=severity) if severity != "note":
+                return self._note(f"{severity}: {event.sentence}")
             case Fallback(what, reason):
                 return self._note(f"fallback: {what}: {reason}")
             case TrainingStarted():

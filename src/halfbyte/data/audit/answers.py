@@ -1,0 +1,159 @@
+"""Answers that teach the wrong thing: empty, all the same, or holding their question."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from halfbyte.data.audit.subject import EMPTY_ANSWER, MANY, Subject, snippet
+from halfbyte.data.example import Example
+from halfbyte.events.types import Found
+
+# A question shorter than this may well begin its answer: "A spring tide is …".
+LEAKED_LENGTH = 24
+# An answer that all of so many rows share teaches nothing but itself; one shorter than the
+# second number may be a label ("yes"), of which one is common.
+SAME_ROWS, SAME_LENGTH = 5, 30
+SAME_SHARE = 0.5
+# In so many rows it is how the file was made, not how people write.
+LEAKED_ERROR = 0.1
+
+
+def find_answers(subject: Subject) -> list[Found]:
+    """Findings on what is to be learned, as text."""
+    return [
+        *_empty(subject),
+        *_same(subject),
+        *_leaked(subject),
+        *_asked_nothing(subject),
+        *_left_out(subject),
+    ]
+
+
+def _empty(subject: Subject) -> list[Found]:
+    return subject.left_out(
+        "empty-answers",
+        EMPTY_ANSWER,
+        "have an empty answer and are left out",
+        "look whether data.columns.output names the column of the answers",
+    )
+
+
+def _same(subject: Subject) -> list[Found]:
+    answers = Counter(
+        answer
+        for place in subject.looked_at
+        if (row := subject.rows[place]).text is None and (answer := row.answer.strip())
+    )
+    if not answers:
+        return []
+    answer, count = answers.most_common(1)[0]
+    asked = answers.total()
+    if count < SAME_ROWS or count < SAME_SHARE * asked:
+        return []
+    alike = count == asked
+    if not alike and len(answer) < SAME_LENGTH:
+        return []
+    places = [p for p in subject.looked_at if subject.rows[p].answer.strip() == answer]
+    return [
+        subject.found(
+            "same-answers",
+            "error" if alike else "warning",
+            f"{subject.of(places)} have the very same answer",
+            "look whether data.columns.output names the column of the answers"
+            if alike
+            else "remove most of these rows, or the model gives that answer to everything",
+            places,
+            [snippet(answer, 0, min(len(answer), 60))],
+        )
+    ]
+
+
+def _leaked(subject: Subject) -> list[Found]:
+    places, examples = [], []
+    for place in subject.looked_at:
+        leaked = leaked_question(subject.rows[place])
+        if leaked is not None:
+            places.append(place)
+            examples.append(snippet(leaked, 0, 60))
+    if not places:
+        return []
+    return [
+        subject.found(
+            "prompt-in-answer",
+            "error" if subject.share(places) >= LEAKED_ERROR else "warning",
+            f"the answers of {subject.of(places)} begin with their own question, which the model "
+            "learns to repeat",
+            "cut the question off the answers",
+            places,
+            examples,
+        )
+    ]
+
+
+def leaked_question(row: Example) -> str | None:
+    """The answer of ``row``, any of them, that begins with the question before it."""
+    asked: tuple[str | None, ...] = (row.input, row.instruction)
+    for message in row.messages:
+        if message.role == "user":
+            asked = (message.content,)
+        elif message.role == "assistant":
+            if any(question and _begins(message.content, question) for question in asked):
+                return message.content
+            asked = ()
+    return None
+
+
+def _begins(answer: str, question: str) -> bool:
+    """Whether ``answer`` begins with ``question``, white space and case apart."""
+    if len(question) < LEAKED_LENGTH:
+        return False
+    if question.lstrip()[:4].casefold() != answer.lstrip()[:4].casefold():
+        return False  # at once, for nearly all rows
+    words = " ".join(question.casefold().split())
+    said = " ".join(answer[: 2 * len(question) + 64].casefold().split())
+    return len(words) >= LEAKED_LENGTH and said.startswith(words)
+
+
+def _asked_nothing(subject: Subject) -> list[Found]:
+    rows, reads = subject.rows, subject.template.reads
+    places = [place for place, row in enumerate(rows) if row.text is None and not _asks(row, reads)]
+    if not places:
+        return []
+    return [
+        subject.found(
+            "no-question",
+            "warning" if len(places) >= MANY * len(rows) else "note",
+            f"{len(places):,} of {len(rows):,} rows have an answer and no question",
+            "look whether data.columns names the column of the questions",
+            places,
+        )
+    ]
+
+
+def _asks(row: Example, reads: frozenset[str]) -> bool:
+    """Whether anything that the template shows stands before the answer."""
+    if row.instruction is None and row.input is None:
+        return bool(row.asked.strip())
+    asked = [getattr(row, name) for name in ("instruction", "input") if name in reads]
+    asked += [message.content for message in row.messages if message.role == "user"]
+    return any(part and part.strip() for part in asked)
+
+
+def _left_out(subject: Subject) -> list[Found]:
+    found = []
+    for name in ("instruction", "input"):
+        if name in subject.template.reads:
+            continue
+        places = [place for place, row in enumerate(subject.rows) if getattr(row, name)]
+        if places:
+            found.append(
+                subject.found(
+                    "unused-column",
+                    "warning",
+                    f"{len(places):,} of {len(subject.rows):,} rows have an {name}, for which the "
+                    "template has no place: it is left out",
+                    f"put {{{name}}} into data.template, or name no column for it",
+                    places,
+                )
+            )
+    return found

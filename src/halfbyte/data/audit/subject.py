@@ -1,0 +1,125 @@
+"""What the checks of the audit look at, and the form of what they find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.example import Example
+from halfbyte.data.template import Template
+from halfbyte.events.types import Found
+from halfbyte.recipe.schema import DataRecipe
+
+# Before a run the costly checks look at so many rows, spread evenly: a mistake that spoils a run
+# is in more than a few of them. `halfbyte data` looks at all.
+LOOKED_AT = 2000
+ROWS_NAMED = 5
+EXAMPLES = 3
+
+# Why rows are left out, as Audited.rows_dropped says it.
+EMPTY_ANSWER = "empty answer"
+NOTHING_LEFT = "nothing to learn after cutting"
+# A mistake in more than half of the rows is one of the whole file, and in fewer than one in
+# twenty one of single rows.
+MOST, MANY = 0.5, 0.05
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Rows as they will be trained; ``tokenized[i]`` is ``rows[i]``.
+
+    ``dropped`` are the numbers of the rows that are left out, by the reason. ``thorough`` looks at
+    every row and for near duplicates too.
+    """
+
+    data: DataRecipe
+    rows: Sequence[Example]
+    tokenized: Sequence[TokenizedRow]
+    held_out: Sequence[Example]
+    tokenizer: Any
+    template: Template
+    max_length: int
+    dropped: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    thorough: bool = False
+
+    @cached_property
+    def looked_at(self) -> range:
+        """Places in ``rows`` that the costly checks look at."""
+        step = 1 if self.thorough else max(1, -(-len(self.rows) // LOOKED_AT))
+        return range(0, len(self.rows), step)
+
+    def share(self, places: Sequence[int]) -> float:
+        """Of the rows looked at."""
+        return len(places) / max(1, len(self.looked_at))
+
+    def of(self, places: Sequence[int]) -> str:
+        """ "12 of 500 rows": of the rows looked at."""
+        looked = len(self.looked_at)
+        where = "" if looked == len(self.rows) else " looked at"
+        return f"{len(places):,} of {looked:,} rows{where}"
+
+    def found(
+        self,
+        name: str,
+        severity: str,
+        text: str,
+        todo: str,
+        places: Sequence[int] = (),
+        examples: Sequence[str] = (),
+    ) -> Found:
+        """A finding on the rows at ``places``, all of them."""
+        return Found(
+            name=name,
+            severity=severity,
+            text=text,
+            todo=todo,
+            count=len(places),
+            of=len(self.looked_at),
+            rows=[self.rows[place].row for place in places[:ROWS_NAMED]],
+            examples=list(examples[:EXAMPLES]),
+        )
+
+    def left_out(self, name: str, reason: str, text: str, todo: str) -> list[Found]:
+        """A finding on the rows that ``dropped`` has by ``reason``, if there are any."""
+        rows = self.dropped.get(reason, ())
+        if not rows:
+            return []
+        count = len(self.rows) + len(self.held_out) + sum(map(len, self.dropped.values()))
+        share = len(rows) / count
+        return [
+            Found(
+                name=name,
+                severity="error" if share >= MOST else "warning" if share >= MANY else "note",
+                text=f"{len(rows):,} of {count:,} rows {text}",
+                todo=todo,
+                count=len(rows),
+                of=count,
+                rows=list(rows[:ROWS_NAMED]),
+            )
+        ]
+
+
+def fields_of(row: Example) -> list[str]:
+    """Every text of a row, apart from what a template writes around them."""
+    parts = (row.text, row.instruction, row.input)
+    said = [part for part in parts if part]
+    for message in row.messages:
+        said.append(message.content)
+        if message.reasoning:
+            said.append(message.reasoning)
+    return said
+
+
+def snippet(text: str, start: int, end: int, around: int = 24) -> str:
+    """``text[start:end]`` in its surroundings, on one line, with private data hidden."""
+    from halfbyte.data.audit.private import hidden
+
+    left, right = max(0, start - around), min(len(text), end + around)
+    # Hidden in a wider window, so that what the window cuts in two is hidden as well.
+    wide = max(0, left - 64)
+    piece = hidden(text[wide : right + 64])[left - wide : right - wide]
+    line = " ".join(piece.split())
+    return f"{'…' if left else ''}{line}{'…' if right < len(text) else ''}"
