@@ -80,8 +80,7 @@ class ChatRender:
 
         What it refuses has one too: there the error tells.
         """
-        user, answer = Message("user", ASKED), Message("assistant", SAID)
-        thought = Message("assistant", SAID, reasoning=THOUGHT)
+        user = Message("user", ASKED)
         tool = {
             "type": "function",
             "function": {
@@ -90,17 +89,14 @@ class ChatRender:
                 "parameters": {"type": "object", "properties": {}},
             },
         }
-        system = [Message("system", RULE), user, answer]
         found = {
-            name
-            for name, word, said, tools in (
-                ("system", RULE, system, []),
-                ("tools", RULE, [user, answer], [tool]),
-                ("reasoning", THOUGHT, [user, thought], []),
-            )
-            if self._writes(word, said, tools)
+            "system": self._writes(RULE, [Message("system", RULE), user], generate=True),
+            "tools": self._writes(RULE, [user], tools=[tool], generate=True),
+            "reasoning": self._writes(
+                THOUGHT, [user, Message("assistant", SAID, reasoning=THOUGHT)], generate=False
+            ),
         }
-        return frozenset(found)
+        return frozenset(name for name, written in found.items() if written)
 
     @cached_property
     def closing(self) -> str:
@@ -159,9 +155,11 @@ class ChatRender:
                 return style
         return CallStyle()
 
-    def _writes(self, word: str, said: Sequence[Message], tools: Sequence[Any]) -> bool:
+    def _writes(
+        self, word: str, said: Sequence[Message], *, generate: bool, tools: Sequence[Any] = ()
+    ) -> bool:
         try:
-            return word in self([_as_dicts(said)], generate=False, tools=tools)[0]
+            return word in self([_as_dicts(said)], generate=generate, tools=tools)[0]
         except TemplateFailed:
             return True
 

@@ -17,6 +17,7 @@ from halfbyte.data.tokenize import leading_text
 from halfbyte.data.turns import (
     NOTHING_LEARNED,
     Conversation,
+    PromptLost,
     RowRefused,
     Turn,
     holds,
@@ -172,11 +173,17 @@ class ModelChat:
             return self._render(example, conversations, generate=generate)
 
         closing = self._chat.closing if len(wanted) > 1 else ""
-        text, turns, apart = trace(render, messages, [at + shift for at in wanted], closing)
-        if apart is not None:
-            raise RowRefused(example, _parted(*apart))
+        try:
+            text, turns = trace(render, messages, [at + shift for at in wanted], closing)
+        except PromptLost as lost:
+            raise RowRefused(
+                example,
+                "the model's chat template writes a prompt otherwise once its answer follows "
+                f"({lost}), so that what was trained would not be what is prompted; {ELSE}",
+            ) from lost
         if self._chat.marks_answers and loss_on != "all":
-            marks = self._chat.with_marks(messages, example.tools)[1]
+            whole, marks = self._chat.with_marks(messages, example.tools)
+            marks = marks if whole == text else []
             turns = [replace(turn, spans=self._marked(text, turn, marks)) for turn in turns]
         self._check(example, text, turns, until.messages, shift)
         return text, [replace(turn, message=turn.message - shift) for turn in turns]
@@ -189,6 +196,8 @@ class ModelChat:
         A mark may begin with the header, which is prompted and not learned.
         """
         [(start, end)] = turn.spans
+        if not marks:
+            return turn.spans
         spans = [(max(a, start), min(b, end)) for a, b in marks if a < end and b > start]
         if spans and not self._chat.ends_turn(text[slice(*spans[-1])]):
             first, last = spans[-1]
@@ -260,14 +269,3 @@ class ModelChat:
 
 def _has_question(example: Example) -> bool:
     return example.instruction is not None or example.input is not None
-
-
-def _parted(prompt: str, whole: str) -> str:
-    at = 0
-    while whole.startswith(prompt[: at + 1]):
-        at += 1
-    return (
-        "the model's chat template writes a prompt otherwise once its answer follows "
-        f"({prompt[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so that what was trained "
-        f"would not be what is prompted; {ELSE}"
-    )

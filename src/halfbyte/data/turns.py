@@ -19,6 +19,7 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.schema import LossOn
 
 Conversation = Sequence[dict[str, Any]]
+MARK = "\U000f1a7e"  # of the characters that mean nothing, so that no row holds it
 NOTHING_LEARNED = "nothing of the assistant to learn"
 
 
@@ -34,6 +35,16 @@ class RowRefused(DataError):
         self.source = example.source
         self.reason = reason
         super().__init__(f"row {example.row + 1:,}: {reason}.")
+
+
+class PromptLost(Exception):
+    """A conversation that is not written as it is prompted for."""
+
+    def __init__(self, prompt: str, whole: str) -> None:
+        at = 0
+        while whole.startswith(prompt[: at + 1]):
+            at += 1
+        super().__init__(f"{prompt[at : at + 30]!r} becomes {whole[at : at + 30]!r}")
 
 
 class Render(Protocol):
@@ -87,25 +98,42 @@ def last_assistant(example: Example) -> int | None:
 
 def trace(
     render: Render, messages: Conversation, wanted: Sequence[int], closing: str
-) -> tuple[str, list[Turn], tuple[str, str] | None]:
+) -> tuple[str, list[Turn]]:
     """The text of a conversation, and those of the ``wanted`` messages that stand in it as they
     are when they are prompted for and given.
 
-    ``wanted`` ascends and ends with the last of ``messages``; if that one does not stand there,
-    its prompt comes back, with the text that does not begin with it. ``closing`` is what the
-    template writes behind the last message of every conversation.
+    ``wanted`` ascends and ends with the last of ``messages``, which always stands there.
+    ``closing`` is what the template writes behind the last message of every conversation. Raises
+    PromptLost where no text begins with the last prompt.
     """
     prompts = render([messages[:i] for i in wanted], generate=True)
     *given, text = render([messages[: i + 1] for i in wanted], generate=False)
+    if not text.startswith(prompts[-1]):
+        text = prompts[-1] + _answer(render, messages, prompts[-1], text)
     turns: list[Turn] = []
     for place, prompt, so_far in zip(wanted[:-1], prompts, given, strict=False):
         if closing and not text.startswith(so_far):
             so_far = so_far.removesuffix(closing)
         if text.startswith(prompt) and text.startswith(so_far) and len(so_far) > len(prompt):
             turns.append(Turn(place, ((len(prompt), len(so_far)),)))
-    if not text.startswith(prompts[-1]):
-        return text, turns, (prompts[-1], text)
-    return text, [*turns, Turn(wanted[-1], ((len(prompts[-1]), len(text)),))], None
+    return text, [*turns, Turn(wanted[-1], ((len(prompts[-1]), len(text)),))]
+
+
+def _answer(render: Render, messages: Conversation, prompt: str, text: str) -> str:
+    """What ``text`` writes for the last message, where it does not begin with its ``prompt``.
+
+    Mistral's templates write the system message only before an answer, and leave it out behind
+    one. There the message before still stands in front of the answer, with what is written
+    between them, and what follows is what the model is to say.
+    """
+    *before, asked = messages[:-1]
+    marked: dict[str, Any] = {**asked, "content": MARK}
+    head, found, tail = render([[*before, marked]], generate=True)[0].partition(MARK)
+    if found and prompt.startswith(head) and prompt.endswith(tail):
+        end = text.rfind(prompt[len(head) :])
+        if end >= 0:
+            return text[end + len(prompt) - len(head) :]
+    raise PromptLost(prompt, text)
 
 
 def segments_of(text: str, spans: Sequence[tuple[int, int]], everything: bool) -> list[Segment]:
