@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from halfbyte.errors import RecipeError
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import parse_recipe
+from halfbyte.recipe.settings import item_sections
 from halfbyte.recipe.settings import settings as all_settings
 from halfbyte.recipe.write import commented_recipe, dump_recipe
 
@@ -118,6 +119,34 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
             return TEXTS.filter(lambda text: len(text) >= schema.get("minLength", 0))
 
 
+FILTERS = st.one_of(
+    st.builds(lambda text: {"filter": "pattern", "drop": re.escape(text)}, TEXTS),
+    st.builds(
+        lambda text, put: {
+            "filter": "pattern",
+            "field": "row",
+            "replace": re.escape(text),
+            "replacement": put.replace("\\", "\\\\"),
+        },
+        TEXTS,
+        TEXTS,
+    ),
+    st.builds(
+        lambda least: {"filter": "length", "answer_min_words": least, "question_max_words": None},
+        st.integers(0, 9),
+    ),
+    st.sampled_from(
+        [
+            {"filter": "exact_duplicates", "by": "question", "normalize": True},
+            {"filter": "near_duplicates", "threshold": 0.5},
+            {"filter": "script", "allow": ["Latin", "Han"]},
+            {"filter": "language", "allow": ["no", "en"]},  # the first is not false
+            {"filter": "encoding"},
+        ]
+    ),
+)
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     tree: dict[str, Any] = {}
@@ -127,7 +156,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
             holder = tree
             for part in above:
                 holder = holder.setdefault(part, {})
-            value = draw(values(setting.schema))
+            if item_sections(key):
+                value = draw(st.lists(FILTERS, max_size=3)) if key == "data.cleaning" else []
+            else:
+                value = draw(values(setting.schema))
             if name in ("target_modules", "exclude_modules") and isinstance(value, str):
                 value = f".*{re.escape(value)}"  # a text is a regular expression there
             holder[name] = value

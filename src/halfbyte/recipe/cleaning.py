@@ -253,8 +253,8 @@ class LanguageFilter(Filter):
     """Drops a row in another language; needs `halfbyte[clean]`."""
 
     filter: Literal["language"]
-    allow: Annotated[list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]], Field(min_length=1)] = (
-        Field(description="The languages to keep, as ISO 639 codes: `[en]`, `[de, fr]`.")
+    allow: Annotated[list[str], Field(min_length=1)] = Field(
+        description="The languages to keep, as ISO 639 codes: `[en]`, `[de, fr]`."
     )
     field: Part = Field(
         default="answer",
@@ -264,6 +264,14 @@ class LanguageFilter(Filter):
         default=40,
         description="Texts of fewer letters are kept: their language cannot be told.",
     )
+
+    @field_validator("allow")
+    @classmethod
+    def _are_codes(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not re.fullmatch("[a-z]{2,3}", name):
+                raise wrong_setting("", f"has {name!r}, which is no ISO 639 code such as en or pt.")
+        return names
 
 
 class EncodingFilter(Filter):

@@ -12,7 +12,8 @@ from halfbyte.errors import RecipeError
 from halfbyte.recipe.names import check_names
 from halfbyte.recipe.overrides import apply_override
 from halfbyte.recipe.schema import RecipeFields
-from halfbyte.recipe.settings import sections, settings
+from halfbyte.recipe.settings import item_sections, sections, settings
+from halfbyte.recipe.wrong_item import item_path, wrong_item
 from halfbyte.recipe.wrong_value import wrong_value
 from halfbyte.recipe.yaml_tree import Path as KeyPath
 from halfbyte.recipe.yaml_tree import Tree, read_tree
@@ -82,7 +83,8 @@ def _validated(tree: Tree, name: str) -> Recipe:
         return Recipe.model_validate(tree.values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-    wrong = [p for p in problems if p["type"] != "missing"]
+    # A group in a list is an item that somebody wrote: what it lacks is wrong with it.
+    wrong = [p for p in problems if p["type"] != "missing" or item_path(_path(tree, p))]
     if not wrong:
         key = ".".join(str(part) for part in problems[0]["loc"])
         key = {"model": "model.name", "data": "data.path"}.get(key, key)
@@ -92,7 +94,8 @@ def _validated(tree: Tree, name: str) -> Recipe:
     paths = [_path(tree, problem) for problem in wrong]
     at = min(range(len(wrong)), key=lambda i: (tree.order(_setting(paths[i])), -len(paths[i])))
     path, first = paths[at], wrong[at]
-    raise RecipeError(f"{tree.place(path) or name}: {wrong_value(path, first)}")
+    tell = wrong_item if item_path(path) else wrong_value
+    raise RecipeError(f"{tree.place(path) or name}: {tell(path, first)}")
 
 
 def _path(tree: Tree, problem: Any) -> KeyPath:
@@ -110,12 +113,17 @@ def _path(tree: Tree, problem: Any) -> KeyPath:
 
 
 def _setting(path: KeyPath) -> KeyPath:
-    return tuple(part for part in path if isinstance(part, str))
+    item = item_path(path)
+    return item or tuple(part for part in path if isinstance(part, str))
 
 
 def _fill_empty_sections(tree: Tree) -> None:
-    """A section with nothing in it, as after commenting its keys out, holds its defaults."""
-    for key in sections():
+    """A section with nothing in it, as after commenting its keys out, holds its defaults.
+
+    So does a list of groups.
+    """
+    lists = [key for key in settings() if item_sections(key)]
+    for key in [*sections(), *lists]:
         if not key:
             continue
         *above, name = key.split(".")
@@ -123,7 +131,7 @@ def _fill_empty_sections(tree: Tree) -> None:
         for part in above:
             holder = holder.get(part, {}) if isinstance(holder, dict) else {}
         if isinstance(holder, dict) and name in holder and holder[name] is None:
-            holder[name] = {}
+            holder[name] = [] if key in lists else {}
 
 
 def _lower(sentence: str) -> str:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.recipe.schema import RecipeFields
-from halfbyte.recipe.settings import Setting, sections, settings
+from halfbyte.recipe.section import Section
+from halfbyte.recipe.settings import (
+    Setting,
+    item_sections,
+    sections,
+    settings,
+    settings_of,
+    tag_of,
+)
 
 SETTINGS_FILE = "settings.md"
 SCHEMA_FILE = "recipe.schema.json"
@@ -61,7 +69,31 @@ def settings_reference() -> str:
             parts.append(f"{_first_line(model)}\n")
         parts.append("| setting | takes | default | |\n| --- | --- | --- | --- |")
         parts.append("\n".join(_row(setting) for setting in own) + "\n")
+        for setting in own:
+            parts += [_group(setting.key, kind) for kind in item_sections(setting.key)]
     return "\n".join(parts)
+
+
+def _group(key: str, kind: type[Section]) -> str:
+    """The table of what one group of settings in the list at ``key`` takes."""
+    tag = tag_of(kind)
+    title = f"### `{key}`: each item" if tag is None else f"### `{key}`: `filter: {tag}`"
+    rows = [_row(s, s.key) for s in settings_of(kind) if s.name != "filter"]
+    about = str(kind.__doc__).strip().replace("\n    ", "\n")
+    return (
+        "\n".join(
+            [
+                title,
+                "",
+                about,
+                "",
+                "| setting | takes | default | |",
+                "| --- | --- | --- | --- |",
+                *rows,
+            ]
+        )
+        + "\n"
+    )
 
 
 def write_reference(folder: Path) -> None:
@@ -84,13 +116,13 @@ def _first_line(model: type) -> str:
     return str(model.__doc__).splitlines()[0]
 
 
-def _row(setting: Setting) -> str:
+def _row(setting: Setting, name: str = "") -> str:
     default = "needed" if setting.required else f"`{_default(setting.default)}`"
-    return f"| `{setting.name}` | {setting.wanted} | {default} | {setting.description} |"
+    return f"| `{name or setting.name}` | {setting.wanted} | {default} | {setting.description} |"
 
 
 def _default(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 if __name__ == "__main__":

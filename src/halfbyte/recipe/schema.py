@@ -11,8 +11,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from halfbyte.recipe.cleaning import AnyFilter
+from halfbyte.recipe.section import Section
 
 Auto = Literal["auto"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -26,14 +29,6 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain", "text")
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys and silent type conversions are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False
-    )
 
 
 def _rule(key: str, sentence: str) -> PydanticCustomError:
@@ -184,6 +179,12 @@ class DataRecipe(Section):
     subset: str | None = Field(default=None, description="Configuration of a hub dataset.")
     revision: str | None = Field(default=None, description="Revision of a hub dataset.")
     columns: ColumnsRecipe = Field(default_factory=ColumnsRecipe)
+    cleaning: list[AnyFilter] = Field(
+        default_factory=list,
+        description="Filters that drop or mend rows, in this order, before anything else is done "
+        "with them: `[{filter: exact_duplicates}, {filter: length, answer_min_words: 5}]`, or each "
+        "on lines of its own. docs/cleaning.md shows what they do.",
+    )
     instruction: str | None = Field(
         default=None, description="One instruction for all rows, in place of a column."
     )

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from halfbyte.recipe.schema import RecipeFields, Section
+from halfbyte.recipe.schema import RecipeFields
+from halfbyte.recipe.section import Section
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Setting:
     @property
     def names(self) -> list[str]:
         """The words among its values: ``["cosine", "linear", "constant"]``."""
-        found = [v for part in _alternatives(self.schema) for v in _literals(part)]
-        return [v for v in found if isinstance(v, str)]
+        return [value for value in literals(self.schema) if isinstance(value, str)]
 
     @property
     def is_text(self) -> bool:
@@ -62,6 +62,28 @@ def settings() -> dict[str, Setting]:
 def sections() -> dict[str, type[Section]]:
     """All sections by key, the top level ("") first."""
     return {"": RecipeFields, **dict(_sections(RecipeFields, ""))}
+
+
+@cache
+def item_sections(key: str) -> tuple[type[Section], ...]:
+    """What each item of the list at ``key`` may be, where its items are groups of settings."""
+    section, _, name = key.rpartition(".")
+    if section not in sections() or name not in sections()[section].model_fields:
+        return ()
+    annotation = sections()[section].model_fields[name].annotation
+    return tuple(_leaves(annotation)) if get_origin(annotation) is list else ()
+
+
+def tag_of(section: type[Section]) -> str | None:
+    """The name by which a list tells this kind of group from others, such as a filter's."""
+    field = section.model_fields.get("filter")
+    names = get_args(field.annotation) if field is not None else ()
+    return str(names[0]) if names else None
+
+
+def settings_of(section: type[Section]) -> list[Setting]:
+    """What one group of settings takes, its own groups included; keys begin in it."""
+    return list(_walk(section, ""))
 
 
 def names_in(section: str) -> list[str]:
@@ -120,15 +142,19 @@ def _words(part: dict[str, Any]) -> list[str]:
         case "number":
             return [f"a number{_bounds(part)}"]
         case "array":
-            return ["a list of whole numbers" if _of_numbers(part) else "a list of names"]
+            return [f"a list of {_items_in_words(part.get('items', {}))}"]
         case "object":
             return [f"names, each with {wanted(part['additionalProperties'])}"]
         case _:
             return ["text that is not empty" if part.get("minLength") else "text"]
 
 
-def _of_numbers(part: dict[str, Any]) -> bool:
-    return part.get("items", {}).get("type") in ("integer", "number")
+def _items_in_words(items: dict[str, Any]) -> str:
+    if "discriminator" in items:  # groups of several kinds, which one key tells apart
+        return f"{items['discriminator']['propertyName']}s"
+    if "$ref" in items:
+        return "groups of settings"
+    return "whole numbers" if items.get("type") in ("integer", "number") else "names"
 
 
 def _bounds(part: dict[str, Any]) -> str:
@@ -140,7 +166,14 @@ def _bounds(part: dict[str, Any]) -> str:
         return f" of at least {low:,g} and below {int(below) if below == int(below) else below:,}"
     if low is not None:
         return f" of at least {low:g}"
+    if above is not None and high is not None:
+        return f" above {above:g} and at most {high:g}"
     return f" above {above:g}" if above is not None else ""
+
+
+def literals(schema: dict[str, Any]) -> list[Any]:
+    """The words and other single values that a part of the JSON schema takes."""
+    return [value for part in _alternatives(schema) for value in _literals(part)]
 
 
 def _alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,6 +210,15 @@ def _walk(model: type[Section], above: str) -> Iterator[Setting]:
             default=None if field.is_required() else field.get_default(call_default_factory=True),
             schema=properties[name],
         )
+
+
+def _leaves(annotation: Any) -> Iterator[type[Section]]:
+    inside = _section(annotation)
+    if inside is not None:
+        yield inside
+        return
+    for part in get_args(annotation):
+        yield from _leaves(part)
 
 
 def _section(annotation: Any) -> type[Section] | None:

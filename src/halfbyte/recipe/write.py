@@ -13,7 +13,8 @@ from yaml.emitter import Emitter
 from yaml.representer import SafeRepresenter
 from yaml.serializer import Serializer
 
-from halfbyte.recipe.schema import RecipeFields, Section
+from halfbyte.recipe.schema import RecipeFields
+from halfbyte.recipe.section import Section
 from halfbyte.recipe.settings import join, settings
 from halfbyte.recipe.yaml_tree import CoreResolver
 
@@ -53,8 +54,15 @@ def _lines(section: Section, key: str, *, comments: bool) -> Iterator[str]:
             text = settings()[inner].description
             for line in textwrap.wrap(text, _WIDTH - len(indent) - 2, break_on_hyphens=False):
                 yield f"{indent}# {line}"
-        for line in _dump({name: value}).rstrip("\n").split("\n"):
+        for line in _dump({name: _plain(value)}).rstrip("\n").split("\n"):
             yield f"{indent}{line}" if line else ""
+
+
+def _plain(value: Any) -> Any:
+    """Groups in a list as what was stated of them: what is left out there has its default."""
+    if isinstance(value, list):
+        return [v.model_dump(exclude_defaults=True) if isinstance(v, Section) else v for v in value]
+    return value
 
 
 class _Dumper(Emitter, Serializer, SafeRepresenter, CoreResolver):
@@ -95,7 +103,8 @@ def _fits_block(text: str) -> bool:
 
 
 def _represent_list(dumper: _Dumper, values: list[Any]) -> yaml.SequenceNode:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+    groups = any(isinstance(value, dict) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=not groups)
 
 
 _Dumper.add_representer(str, _represent_text)

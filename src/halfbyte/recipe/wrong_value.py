@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from halfbyte.recipe.foreign import VALUES
-from halfbyte.recipe.settings import Setting, sections, settings, wanted
+from halfbyte.recipe.settings import Setting, item_sections, sections, settings, wanted
 from halfbyte.recipe.yaml_tree import Path, dotted
 
 _NUMBER = re.compile(r"\s*[-+]?(\d[\d_,]*\.?\d*|\.\d+)([eE][-+]?\d+)?\s*\Z")
@@ -79,6 +79,8 @@ def _text_hint(setting: Setting, value: str, kinds: set[str]) -> str:
     close = get_close_matches(plain, setting.names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
+    if item_sections(setting.key):
+        return "; write [{filter: NAME}]" if setting.key == "data.cleaning" else ""
     if "array" in kinds:
         return f"; write [{value}]" if re.fullmatch(r"[\w.]+", value) else "; write [a, b]"
     return ""
