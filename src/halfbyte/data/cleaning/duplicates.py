@@ -23,7 +23,7 @@ def exact_duplicates(settings: ExactDuplicates, examples: Sequence[Example]) -> 
     for index, example in enumerate(examples):
         key = row_key(example, settings.by, normalize=settings.normalize)
         earlier = None if key is None else first.setdefault(key, index)
-        if earlier is None or earlier == index or is_repeated(examples[earlier], example):
+        if earlier is None or earlier == index:
             yield None
         else:
             shown = shown_part(example, settings.by)
@@ -60,11 +60,6 @@ def _whole(example: Example) -> str:
 def digest(text: str) -> bytes:
     """``DIGEST`` bytes that tell ``text`` from others."""
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST).digest()
-
-
-def is_repeated(other: Example, example: Example) -> bool:
-    """Whether the two are one row of a source, which the recipe takes more than once."""
-    return (other.source, other.row) == (example.source, example.row)
 
 
 def name_of(other: Example, example: Example) -> str:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from halfbyte.data.cleaning.duplicates import digest, is_repeated, name_of
+from halfbyte.data.cleaning.duplicates import digest, name_of
 from halfbyte.data.cleaning.minhash import band_keys, check_datasketch, groups_of
 from halfbyte.data.cleaning.parts import Verdict, framed_part, shown_part
 from halfbyte.data.cleaning.words import normalized
@@ -46,11 +46,7 @@ def near_duplicates(settings: NearDuplicates, examples: Sequence[Example]) -> It
             continue
         own = groups[index][groups[index] >= 0].tolist()
         common = Counter(other for group in own for other in members[group])
-        likeliest = (
-            other
-            for other, _ in common.most_common(COMPARED)
-            if not is_repeated(examples[other], example)
-        )
+        likeliest = (other for other, _ in common.most_common(COMPARED))
         found = _nearest(index, likeliest, sequences, settings.threshold)
         if found is None:
             for group in own:

@@ -1,0 +1,63 @@
+"""Cleaning among the other stages of the rows: after they are read, and once some are held out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from halfbyte.data.cleaning.funnel import clean, joined
+from halfbyte.data.split import Rows
+from halfbyte.errors import DataError
+from halfbyte.events.types import Funnel
+from halfbyte.recipe.cleaning import OverlapWithHeldOut
+from halfbyte.recipe.schema import DataRecipe
+
+CLEANING = "cleaning"  # the reason for which the audit counts the rows that filters dropped
+
+
+def clean_read(data: DataRecipe, read: Rows) -> Funnel | None:
+    """Leave in ``read`` the rows that the filters of ``data`` leave; None where there are none.
+
+    Held-out rows of a file of their own stay as they are: what is measured is not made easier.
+    Those that are to be drawn from the rows, or follow them, are cleaned as the others. Filters
+    that look at the held-out rows wait for ``drop_overlap``. Raises DataError where no row is left.
+    """
+    if not data.cleaning:
+        return None
+    apart = read.rows[len(read.rows) - read.apart :] if data.held_out_path is not None else []
+    rows = read.rows[: len(read.rows) - len(apart)]
+    cleaned = clean(data.cleaning, rows)
+    if not apart and read.apart:
+        first = rows[-read.apart].row  # all are of one source here
+        read.apart = sum(example.row >= first for example in cleaned.examples)
+    read.rows = cleaned.examples + apart
+    if rows and len(cleaned.examples) <= (0 if apart else read.apart):
+        last = max(cleaned.funnel.filters, key=lambda step: step.dropped)
+        raise DataError(
+            f"{data.name} leaves no row to train: data.cleaning drops them, most by the filter "
+            f"{last.name} ({last.dropped:,} of {last.rows_in:,} rows); loosen it or leave it out."
+        )
+    return cleaned.funnel
+
+
+def drop_overlap(
+    data: DataRecipe, read: Rows, trains: np.ndarray, held_out: np.ndarray, funnel: Funnel | None
+) -> Funnel | None:
+    """Take from ``trains`` the rows that also stand among the held-out ones, if a filter says so.
+
+    ``trains`` and ``held_out`` are bool [rows] over ``read.rows``; ``funnel`` is that of the
+    filters before. Raises DataError where no row is left to train.
+    """
+    filters = [f for f in data.cleaning if isinstance(f, OverlapWithHeldOut)]
+    if funnel is None or not filters:
+        return funnel
+    places = np.flatnonzero(trains)
+    others = [read.rows[i] for i in np.flatnonzero(held_out).tolist()]
+    cleaned = clean(filters, [read.rows[i] for i in places.tolist()], others)
+    left = {(example.source, example.row) for example in cleaned.examples}
+    trains[places] = [(read.rows[i].source, read.rows[i].row) in left for i in places.tolist()]
+    if len(places) and not trains.any():
+        raise DataError(
+            f"{data.name} leaves no row to train: the filter overlap_with_held_out finds each of "
+            "them among the held-out rows; hold out other rows."
+        )
+    return joined(funnel, cleaned.funnel)
