@@ -2,70 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from importlib.util import find_spec
 
+from halfbyte.data.audit.private import hidden
 from halfbyte.data.audit.subject import MANY, Subject
-from halfbyte.data.example import Example
+from halfbyte.data.cleaning.duplicates import is_repeated, row_key
+from halfbyte.data.cleaning.near_duplicates import near_duplicates
+from halfbyte.data.cleaning.parts import shown_part
 from halfbyte.events.types import Found
+from halfbyte.recipe.cleaning import NearDuplicates
 
 # With fewer held-out rows than this, all of them being copies is an accident.
 ALL_HELD_OUT = 3
+NEAR = NearDuplicates(filter="near_duplicates")
 
 
 def find_copies(subject: Subject) -> list[Found]:
     """Findings on duplicates and on held-out rows that train as well."""
-    return [*_exact(subject), *_held_out(subject)]
+    keys = [row_key(row, "row", normalize=False) for row in subject.rows]
+    copies = _copies(subject, keys)
+    near: list[int] = []
+    near_held_out: set[int] = set()
+    if subject.thorough and find_spec("datasketch"):
+        near, near_held_out = _near(subject, set(copies))
+    return [
+        *_duplicates(subject, copies),
+        *_near_duplicates(subject, near),
+        *_held_out(subject, keys, near_held_out),
+    ]
 
 
-def content(row: Example) -> tuple[str | None, ...]:
-    """All that makes two rows copies of one another."""
-    return (row.text, row.instruction, row.input, *(f"{m.role} {m.content}" for m in row.messages))
+def _copies(subject: Subject, keys: list[bytes | None]) -> list[int]:
+    """The places of rows that were there before; one taken twice by the recipe is no copy."""
+    first: dict[bytes | None, int] = {}
+    places = []
+    for place, key in enumerate(keys):
+        earlier = first.setdefault(key, place)
+        if earlier != place and not is_repeated(subject.rows[earlier], subject.rows[place]):
+            places.append(place)
+    return places
 
 
-def _exact(subject: Subject) -> list[Found]:
-    count = len(subject.rows)
-    places = later_copies(hash(content(row)) for row in subject.rows)
+def _near(subject: Subject, copies: set[int]) -> tuple[list[int], set[int]]:
+    """Places of rows that are nearly as an earlier one, and which held-out rows are as a row that
+    trains.
+
+    Held-out rows that are like one another already are not counted.
+    """
+    rows, held_out = list(subject.rows), list(subject.held_out)
+    verdicts = [verdict is not None for verdict in near_duplicates(NEAR, [*rows, *held_out])]
+    near = [place for place in range(len(rows)) if verdicts[place] and place not in copies]
+    among = [verdict is not None for verdict in near_duplicates(NEAR, held_out)]
+    both = zip(verdicts[len(rows) :], among, strict=True)
+    return near, {place for place, (known, twice) in enumerate(both) if known and not twice}
+
+
+def _duplicates(subject: Subject, places: list[int]) -> list[Found]:
     if not places:
         return []
+    count = len(subject.rows)
     return [
         subject.found(
             "duplicates",
             "warning" if len(places) >= max(2, MANY * count) else "note",
             f"{len(places):,} of {count:,} rows that train are copies of an earlier one",
-            "remove them with data.cleaning, or they weigh more than the others",
+            "let the filter exact_duplicates of data.cleaning drop them, or they weigh more than "
+            "the others",
             places,
+            _shown(subject, places),
         )
     ]
 
 
-def later_copies(keys: Iterable[int]) -> list[int]:
-    """The places of ``keys`` that were there before."""
-    seen: set[int] = set()
-    places = []
-    for place, key in enumerate(keys):
-        if key in seen:
-            places.append(place)
-        seen.add(key)
-    return places
-
-
-def _held_out(subject: Subject) -> list[Found]:
-    if not subject.held_out:
-        return []
-    trained = {hash(content(row)): place for place, row in enumerate(subject.rows)}
-    known = [hash(content(row)) for row in subject.held_out]
-    places = [trained[key] for key in known if key in trained]
+def _near_duplicates(subject: Subject, places: list[int]) -> list[Found]:
     if not places:
         return []
+    count = len(subject.rows)
+    return [
+        subject.found(
+            "near-duplicates",
+            "warning" if len(places) >= max(2, MANY * count) else "note",
+            f"{len(places):,} of {count:,} rows that train are nearly the same as an earlier one",
+            "let the filter near_duplicates of data.cleaning drop them, or they weigh more than "
+            "the others",
+            places,
+            _shown(subject, places),
+        )
+    ]
+
+
+def _shown(subject: Subject, places: list[int]) -> list[str]:
+    return [hidden(shown_part(subject.rows[place], "row")) for place in places[:3]]
+
+
+def _held_out(subject: Subject, keys: list[bytes | None], near: set[int]) -> list[Found]:
+    trained = {key: place for place, key in enumerate(keys)}
+    known = [row_key(row, "row", normalize=False) for row in subject.held_out]
+    exact = {place for place, key in enumerate(known) if key in trained}
+    found = exact | near
+    if not found:
+        return []
     count = len(subject.held_out)
-    whole = len(places) == count >= ALL_HELD_OUT
+    nearly = f" ({len(found - exact):,} of them nearly so)" if found - exact else ""
     return [
         subject.found(
             "held-out-in-training",
-            "error" if whole else "warning",
-            f"{len(places):,} of {count:,} held-out rows are also among the rows that train, so "
-            "the held-out loss looks better than it is",
-            "remove the copies from the data",
-            places,
+            "error" if len(found) == count >= ALL_HELD_OUT else "warning",
+            f"{len(found):,} of {count:,} held-out rows are also among the rows that train{nearly}"
+            ", so the held-out loss looks better than it is",
+            "remove the copies from the data, by the filter overlap_with_held_out of "
+            "data.cleaning or before",
+            [trained[known[place]] for place in sorted(exact)],
         )
     ]

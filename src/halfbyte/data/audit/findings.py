@@ -11,6 +11,7 @@ from halfbyte.data.audit.lengths import find_lengths
 from halfbyte.data.audit.private_rows import find_private_rows
 from halfbyte.data.audit.subject import Subject
 from halfbyte.data.audit.template_match import find_template
+from halfbyte.data.audit.text_quality import find_text_quality
 from halfbyte.data.audit.tokens import find_tokens
 from halfbyte.errors import DataError
 from halfbyte.events.types import Found
@@ -25,6 +26,7 @@ def find_all(subject: Subject) -> list[Found]:
         *find_tokens(subject),
         *find_answers(subject),
         *find_copies(subject),
+        *find_text_quality(subject),
         *find_lengths(subject),
         *find_private_rows(subject),
     ]

@@ -15,7 +15,7 @@ from halfbyte.recipe.schema import DataRecipe
 
 # Before a run the costly checks look at so many rows, spread evenly: a mistake that spoils a run
 # is in more than a few of them. `halfbyte data` looks at all.
-LOOKED_AT = 2000
+LOOKED_AT = 1000
 ROWS_NAMED = 5
 EXAMPLES = 3
 

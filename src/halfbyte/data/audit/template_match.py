@@ -139,8 +139,8 @@ def _foreign(subject: Subject) -> list[Found]:
     """A template that the model was not trained with."""
     tokenizer, template = subject.tokenizer, subject.template
     written = _blank_row(subject)
-    vocabulary = tokenizer.get_vocab()
-    unknown = [mark for mark in _LIKE_A_TOKEN.findall(written) if mark not in vocabulary]
+    token_of = tokenizer.backend_tokenizer.token_to_id
+    unknown = [mark for mark in _LIKE_A_TOKEN.findall(written) if token_of(mark) is None]
     if unknown:
         pieces = len(tokenizer(unknown[0], add_special_tokens=False)["input_ids"])
         return [

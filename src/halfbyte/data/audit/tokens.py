@@ -77,14 +77,14 @@ def _end(subject: Subject) -> list[Found]:
     if not ends:
         return _no_end(subject)
     tokenizer = subject.tokenizer
-    known = np.array(sorted(ends))
     unlearned, doubled = [], []
     for place in subject.looked_at:
         row = subject.tokenized[place]
-        is_end = np.isin(row.input_ids, known)
-        if not (is_end & row.loss_mask).any():
+        ids = row.input_ids
+        at = np.concatenate([np.flatnonzero(ids == end) for end in ends])
+        if not row.loss_mask[at].any():
             unlearned.append(place)
-        if (is_end[1:] & (row.input_ids[1:] == row.input_ids[:-1])).any():
+        if len(at) > 1 and (ids[at[1:]] == ids[at[:-1]])[np.diff(at) == 1].any():
             doubled.append(place)
     marks = " or ".join(str(tokenizer.convert_ids_to_tokens(end)) for end in sorted(ends))
     found = []

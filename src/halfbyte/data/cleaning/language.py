@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from halfbyte.data.cleaning.parts import Verdict, beginning
@@ -38,6 +38,19 @@ def language(settings: LanguageFilter, examples: Sequence[Example]) -> Iterator[
                 verdict = f"{name}, to {probability:.0%}: {beginning(text)}"
                 break
         yield verdict
+
+
+def languages_of(texts: Iterable[str], min_letters: int) -> Iterator[str | None]:
+    """The language that each text is surely in; None where it cannot be told, or has fewer letters.
+
+    Raises DataError where the library is missing.
+    """
+    identifier = _identifier(())
+    for text in texts:
+        name, probability = NO_LANGUAGE, 0.0
+        if letters_by_script(text[:READ]).total() >= min_letters:
+            name, probability = identifier.classify(text[:READ])
+        yield name if probability >= SURE and name != NO_LANGUAGE else None
 
 
 def check_languages(settings: LanguageFilter) -> None:
