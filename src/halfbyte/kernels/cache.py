@@ -10,10 +10,11 @@ import atexit
 import os
 import re
 import shutil
-import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from halfbyte.user_cache import private_folder
 
 VARIABLE = "TRITON_CACHE_DIR"  # read by Triton whenever it compiles
 
@@ -44,7 +45,7 @@ def use_cache(name: str) -> CacheFolder:
     if chosen:
         return CacheFolder(Path(chosen))
     try:
-        found = CacheFolder(_private_folder(user_cache() / "halfbyte", name))
+        found = CacheFolder(private_folder(name))
     except OSError as error:
         why = error.strerror or str(error)
         if error.filename:
@@ -54,27 +55,3 @@ def use_cache(name: str) -> CacheFolder:
         found = CacheFolder(path, why)
     os.environ[VARIABLE] = str(found.path)  # for this process and those that it starts
     return found
-
-
-def user_cache() -> Path:
-    """$XDG_CACHE_HOME, which counts if it is an absolute path, or ~/.cache."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
-
-
-def _private_folder(home: Path, name: str) -> Path:
-    """``home / name``, both made 0700 where they are missing.
-
-    Raises OSError where one of the two is not this user's alone.
-    """
-    home.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (home, home / name):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.stat()
-        if hasattr(os, "getuid") and found.st_uid != os.getuid():
-            raise OSError(0, "it belongs to another user", str(folder))
-        if stat.S_IMODE(found.st_mode) & 0o022:
-            raise OSError(0, "others may write to it", str(folder))
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OSError(0, "it cannot be written to", str(folder))
-    return home / name
