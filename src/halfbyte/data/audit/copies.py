@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from halfbyte.data.audit.private import hidden
 from halfbyte.data.audit.subject import MANY, Subject
-from halfbyte.data.cleaning.duplicates import is_repeated, row_key
+from halfbyte.data.cleaning.duplicates import row_key
 from halfbyte.data.cleaning.near_duplicates import near_duplicates
 from halfbyte.data.cleaning.parts import shown_part
 from halfbyte.events.types import Found
@@ -20,7 +20,7 @@ NEAR = NearDuplicates(filter="near_duplicates")
 def find_copies(subject: Subject) -> list[Found]:
     """Findings on duplicates and on held-out rows that train as well."""
     keys = [row_key(row, "row", normalize=False) for row in subject.rows]
-    copies = _copies(subject, keys)
+    copies = _copies(keys)
     near: list[int] = []
     near_held_out: set[int] = set()
     if subject.thorough and find_spec("datasketch"):
@@ -32,14 +32,14 @@ def find_copies(subject: Subject) -> list[Found]:
     ]
 
 
-def _copies(subject: Subject, keys: list[bytes | None]) -> list[int]:
-    """The places of rows that were there before; one taken twice by the recipe is no copy."""
-    first: dict[bytes | None, int] = {}
+def _copies(keys: list[bytes | None]) -> list[int]:
+    """The places of rows that were there before."""
+    seen: set[bytes | None] = set()
     places = []
     for place, key in enumerate(keys):
-        earlier = first.setdefault(key, place)
-        if earlier != place and not is_repeated(subject.rows[earlier], subject.rows[place]):
+        if key in seen:
             places.append(place)
+        seen.add(key)
     return places
 
 
