@@ -293,7 +293,7 @@ def test_a_run_compiles_nothing_that_its_trial_has_not(
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     recipe = {
         "model": {"name": str(folder)},
-        "data": {"path": str(tiny_rows), "held_out": 4},
+        "data": {"path": str(tiny_rows), "held_out": 4, "packing": capability == "75"},
         "lora": {"r": 4, "lora_dropout": 0.1, **lora},
         "training": {"batch_size": 2, "gradient_accumulation": 2, "epochs": 2, **training},
     }

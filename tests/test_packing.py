@@ -22,10 +22,11 @@ from halfbyte import Recipe, Run, train
 from halfbyte.cli.app import app
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.batching import Batches
-from halfbyte.data.packing import PACKS_MORE, Packs
+from halfbyte.data.packing import PACKS_MORE, Packs, good_length
 from halfbyte.events import read_events
-from halfbyte.events.types import Choice, Event, Step, TrainingStarted
+from halfbyte.events.types import Choice, Event, Step, TrainingStarted, Warned
 from halfbyte.plan.buckets import batch_sizes, choose_buckets
+from halfbyte.run import rehearse
 
 SOME = settings(deadline=None, max_examples=60)
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=80)
@@ -251,6 +252,8 @@ def test_an_interrupted_run_of_packs_goes_on_as_if_it_had_not_been(
     assert len(steps) == started.steps == 3 * -(-started.packs // 2)
     share = 100 * sum(e.tokens for e in steps) / (3 * 256 * started.packs)
     assert (packing.asked, packing.value) == (True, True)
+    told = [e.text for e in events(whole) if isinstance(e, Warned)]
+    assert not any("filled" in text for text in told)
     assert packing.reason == (
         f"20 rows in {started.packs} packs of 256 tokens, {share:.1f} % filled"
     )
@@ -270,6 +273,17 @@ def test_an_interrupted_run_of_packs_goes_on_as_if_it_had_not_been(
     one, other = (load_file(r.adapter / "adapter_model.safetensors") for r in (finished, whole))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_packs_that_rows_fill_badly_are_pointed_out(tiny_model: Path, tiny_rows: Path) -> None:
+    asked = recipe(tiny_model, tiny_rows)
+    asked.data.max_length = 110
+    told = rehearse(asked)
+    [text] = [e.text for e in told.events if isinstance(e, Warned) and "filled" in e.text]
+    better = good_length(told.audit.tokens, told.audit.rows_used)
+    assert f"--set data.max_length={better} " in text
+    mean = told.audit.tokens / told.audit.rows_used
+    assert 8 * mean <= better < 8 * mean + 64
 
 
 def test_the_command_line_packs(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:

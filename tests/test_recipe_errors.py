@@ -45,9 +45,12 @@ WRONG = {
     "micro_batch_size: 2\n": (
         "r.yaml, line 5: micro_batch_size is not a setting; here it is called training.batch_size."
     ),
-    "sample_packing: true\n": (
-        "r.yaml, line 5: sample_packing is not a setting: rows always lie end to end, without "
+    "padding_free: true\n": (
+        "r.yaml, line 5: padding_free is not a setting: rows always lie end to end, without "
         "padding, and never see each other."
+    ),
+    "sample_packing: true\n": (
+        "r.yaml, line 5: sample_packing is not a setting; here it is called data.packing."
     ),
     "learning_rate: 1e-4\n": (
         "r.yaml, line 5: learning_rate is not a setting; learning_rate belongs elsewhere: "

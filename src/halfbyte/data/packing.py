@@ -29,6 +29,8 @@ PACKS_MORE = 0.01
 SPREADS = (math.inf, 1.0, 0.5, 0.25)
 # Epochs whose rows are kept: as long as a run is planned, the same few are asked for repeatedly.
 EPOCHS_KEPT = 4
+# Packs of so many rows are filled well, and two of them are a step of 16 rows.
+ROWS_PER_PACK = 8
 BLOCK_BITS = 9
 IN_BLOCK = (1 << BLOCK_BITS) - 1
 
@@ -109,6 +111,11 @@ class Packs:
         pack_of_row[rows] = found
         starts = np.concatenate([[0], np.cumsum(np.bincount(pack_of_row, minlength=self.count))])
         return PackedEpoch(np.argsort(pack_of_row, kind="stable"), starts)
+
+
+def good_length(tokens: int, rows: int) -> int:
+    """A length of packs that ``rows`` with so many tokens in all fill well; a multiple of 64."""
+    return -(-ROWS_PER_PACK * tokens // (64 * rows)) * 64
 
 
 def _drawn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from halfbyte.data.packing import Packs, good_length
 from halfbyte.plan.device import Device
 from halfbyte.plan.parameters import ModelShape
 from halfbyte.plan.precision import precision_warning
@@ -14,6 +15,8 @@ from halfbyte.recipe import Recipe
 HIGH_RATE, HIGH_RATE_SMALL = 1e-3, 5e-3
 SMALL = 1_000_000_000
 MANY_EPOCHS = 10
+# Of fewer packs the last one may be half empty whatever is done.
+WELL_FILLED, SOME_PACKS = 0.9, 10
 
 
 def warnings_of(
@@ -35,6 +38,7 @@ def warnings_of(
         _rate(recipe, shape),
         _warmup(recipe, steps),
         _rows(recipe, units),
+        _fill(units.packs),
         _epochs(asked),
         _keep(asked, recipe, held_out),
         _rank(asked, shape),
@@ -98,6 +102,16 @@ def _rows(recipe: Recipe, units: Units) -> str | None:
         f"a step takes {step} {units.words} and there are {units.count}: an epoch is one step; "
         f"--set training.batch_size={max(1, units.count // 8)} "
         "--set training.gradient_accumulation=1 makes more of them."
+    )
+
+
+def _fill(packs: Packs | None) -> str | None:
+    if packs is None or packs.fill >= WELL_FILLED or packs.count < SOME_PACKS:
+        return None
+    return (
+        f"packs of {packs.max_length:,} tokens are only {100 * packs.fill:.0f} % filled by rows of "
+        f"{packs.tokens / packs.rows:,.0f} on average; "
+        f"--set data.max_length={good_length(packs.tokens, packs.rows)} holds about eight of them."
     )
 
 

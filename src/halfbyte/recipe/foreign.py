@@ -98,6 +98,8 @@ NAMES: dict[str, str] = {
     "max_seq_len": "data.max_length",
     "model_max_length": "data.max_length",
     "cutoff_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "neat_packing": "data.packing",
     # the optimization
     "num_train_epochs": "training.epochs",
     "num_epochs": "training.epochs",
@@ -184,8 +186,6 @@ NOT_SETTINGS: dict[str, str] = {
     "output_dir": "the run folder is given on the command line, with --out",
     "overwrite_output_dir": "it is said on the command line, with --overwrite",
     "resume_from_checkpoint": "a run goes on with halfbyte train --resume DIR",
-    "packing": "rows always lie end to end, without padding, and never see each other",
-    "sample_packing": "rows always lie end to end, without padding, and never see each other",
     "padding_free": "rows always lie end to end, without padding, and never see each other",
     "pad_to_sequence_len": "rows lie end to end, and nothing is padded",
     "group_by_length": "nothing is padded, so there is nothing to gain by it",
