@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError
+from halfbyte.model.bnb_checkpoint import METHOD, quantization_method
 from halfbyte.model.wording import reason
 
 
@@ -16,7 +17,7 @@ def read_config(folder: Path, name: str) -> Any:
 
     Raises ModelError where there is none, where transformers knows no causal language model of
     that architecture (code that comes with a model is never run), and where the checkpoint is
-    quantized already.
+    quantized already in another way than bitsandbytes' NF4.
     """
     path = folder / "config.json"
     try:
@@ -40,6 +41,8 @@ def read_config(folder: Path, name: str) -> Any:
         raise ModelError(
             f"{path} is not a configuration that transformers takes: {reason(error)}."
         ) from (error)
+    # Weights in NF4 say so themselves, and transformers would want to load them its own way.
+    config.__dict__.pop("quantization_config", None)
     return require_causal_lm(config, name)
 
 
@@ -67,12 +70,12 @@ def _require_known(raw: dict[str, Any], name: str) -> None:
             f"transformers does not know the architecture {kind!r} of {name}{own_code}; update "
             "transformers or choose another model."
         )
-    method = raw.get("quantization_config")
-    if method:
-        how = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+    settings = raw.get("quantization_config")
+    if settings and quantization_method(settings) != METHOD:
         raise ModelError(
-            f"the weights of {name} are quantized already ({how}), and only full-precision "
-            "checkpoints and GGUF files are quantized to NF4 here: name the model's original."
+            f"the weights of {name} are quantized already ({quantization_method(settings)}), and "
+            "only full-precision checkpoints, GGUF files and what bitsandbytes has stored in NF4 "
+            "are read: name the model's original."
         )
 
 

@@ -14,6 +14,7 @@ LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Kinds of rotary embedding whose angles do not depend on the length of what is read.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+NOT_ALL_IN_NF4 = "its checkpoint keeps some of its linear layers in 16 bits"
 
 
 def why_not_fused(network: Any) -> str | None:

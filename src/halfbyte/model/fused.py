@@ -11,11 +11,17 @@ from halfbyte.data.batch import Batch
 from halfbyte.kernels.choice import Kernels
 from halfbyte.kernels.gather_rows import fetch_rows
 from halfbyte.kernels.lora_group import make_fold
-from halfbyte.model.fusable import ACTIVATIONS, why_adapters_not_fused, why_not_fused
+from halfbyte.model.fusable import (
+    ACTIVATIONS,
+    NOT_ALL_IN_NF4,
+    why_adapters_not_fused,
+    why_not_fused,
+)
 from halfbyte.model.fused_layer import FusedLayer, LayerShape, Rows
 from halfbyte.model.head import Head
 from halfbyte.quant.joined import FlatAdapter, JoinedLinear, Scratch
 from halfbyte.quant.linear import QLoRALinear
+from halfbyte.quant.nf4 import NF4Weight
 
 # Of 16-bit logits in memory at once; and where memory is short, at some cost in time.
 LOGIT_BYTES = 128 * 1024**2
@@ -295,10 +301,11 @@ def _fused_layer(layer: Any, config: Any, kernels: Kernels) -> FusedLayer:
         mlp.up_proj,
         mlp.down_proj,
     ]
-    if not all(isinstance(linear, QLoRALinear) for linear in linears):
-        raise NotFusedError("not all of its products are with quantized weights")
-    if any(x.in_features % x.base.block_size for x in linears):
-        raise NotFusedError("a row of its weights is no whole number of blocks")
+    for linear in linears:
+        if not isinstance(linear, QLoRALinear) or not isinstance(linear.base, NF4Weight):
+            raise NotFusedError(NOT_ALL_IN_NF4)
+        if linear.in_features % linear.base.block_size:
+            raise NotFusedError("a row of its weights is no whole number of blocks")
     q, k, v, o, gate, up, down = linears
     shape = LayerShape(
         heads=q.out_features // head_dim,

@@ -16,8 +16,9 @@ from halfbyte.model.narrow import can_be_narrow, make_narrow
 from halfbyte.model.skeleton import build_skeleton, make_buffers, quantized_linears
 from halfbyte.model.source import ModelSource
 from halfbyte.model.wording import some
+from halfbyte.quant.dense import DenseWeight
 from halfbyte.quant.linear import QLoRALinear
-from halfbyte.quant.nf4 import NF4Memory, quantize_nf4
+from halfbyte.quant.nf4 import NF4Memory, NF4Weight, quantize_nf4
 from halfbyte.recipe.schema import QuantizationRecipe
 
 _RELEASE_EVERY = 32 << 20  # bytes of 16-bit weights
@@ -31,7 +32,7 @@ class LoadedBase:
     parameters: int  # frozen, in the shapes before packing, tied ones once
     bytes_before: int  # of the weights that are quantized, at 16 bits each
     bytes_after: int  # of the same in NF4, scales included
-    bytes_other: int  # norms, embeddings, head, biases, as kept
+    bytes_other: int  # norms, embeddings, head, biases and what its checkpoint left in 16 bits
     quantized_modules: int
 
 
@@ -44,13 +45,15 @@ def load_base(
     compute_dtype: torch.dtype,
     rest_dtype: torch.dtype,
 ) -> LoadedBase:
-    """Read and quantize the model of ``source`` on ``device``.
+    """Read and quantize the model of ``source`` on ``device``, or take it as it is quantized.
 
     Each linear layer's weight is moved to the device in the type that it is stored in, quantized
     there and dropped before the next is read, so the 16-bit model never stands whole in memory.
     Their biases are kept in ``compute_dtype``; norms, embeddings and the head in ``rest_dtype``,
     and a head that is the embedding is kept once. An embedding and a head that are stored in
-    ``compute_dtype`` stay in it and are widened where they are used: the same numbers.
+    ``compute_dtype`` stay in it and are widened where they are used: the same numbers. Of a
+    checkpoint that is in NF4 already the codes and scales are kept bit for bit, whatever
+    ``quantization`` says, and the linear layers that it left out are kept in ``compute_dtype``.
 
     Raises ModelError for tensors that are missing, too many, or of a wrong shape or type.
     """
@@ -59,23 +62,24 @@ def load_base(
     _untie_what_differs(model, source)
     _require_complete(model, source)
     parameters = sum(p.numel() for p in model.parameters())
-    before = after = unreleased = 0
-    for name, linear, memory in _with_memory(linears, quantization, device):
-        weight = _read(source, f"{name}.weight", linear.weight).to(device)
-        nf4 = quantize_nf4(
-            weight,
-            block_size=quantization.block_size,
-            double_quant=quantization.double_quant,
-            memory=memory,
-        )
-        del weight
+    before = after = left_out = quantized = unreleased = 0
+    for name, linear, memory in _with_memory(linears, source, quantization, device):
+        base: NF4Weight | DenseWeight
+        if memory is None:
+            base = DenseWeight(
+                _read(source, f"{name}.weight", linear.weight, compute_dtype).to(device)
+            )
+            left_out += base.nbytes
+        else:
+            base = _quantized(source, f"{name}.weight", linear.weight, memory, quantization, device)
+            before += 2 * linear.weight.numel()
+            after += base.nbytes
+            quantized += 1
         bias = None
         if linear.bias is not None:
             bias = _read(source, f"{name}.bias", linear.bias, compute_dtype).to(device)
-        before += 2 * linear.weight.numel()
-        after += nf4.nbytes
         layer = QLoRALinear.from_weight(
-            nf4, bias, linear.in_features, linear.out_features, compute_dtype
+            base, bias, linear.in_features, linear.out_features, compute_dtype
         )
         model.set_submodule(name, layer.eval())
         unreleased += 2 * linear.weight.numel()
@@ -86,22 +90,50 @@ def load_base(
     _fill_rest(model, source, device, rest_dtype, compute_dtype)
     make_buffers(model, device)
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-    return LoadedBase(model, parameters, before, after, sum(kept.values()), len(linears))
+    other = left_out + sum(kept.values())
+    return LoadedBase(model, parameters, before, after, other, quantized)
 
 
 def _with_memory(
-    linears: dict[str, nn.Linear], quantization: QuantizationRecipe, device: str
-) -> Iterator[tuple[str, nn.Linear, NF4Memory]]:
+    linears: dict[str, nn.Linear],
+    source: ModelSource,
+    quantization: QuantizationRecipe,
+    device: str,
+) -> Iterator[tuple[str, nn.Linear, NF4Memory | None]]:
     """Name, layer, and where its codes go: next to those of its module, with which it may be
-    joined."""
+    joined. None where its checkpoint leaves it out."""
+    stored = source.stored_nf4
+    how = quantization if stored is None else stored
     modules: dict[str, list[str]] = {}
     for name in linears:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
     for names in modules.values():
-        sizes = [linears[name].weight.numel() for name in names]
-        memory = NF4Memory(sizes, quantization.block_size, quantization.double_quant, device)
+        left_out = {n for n in names if stored and f"{n}.weight" not in stored.quantized}
+        sizes = [linears[name].weight.numel() for name in names if name not in left_out]
+        memory = NF4Memory(sizes, how.block_size, how.double_quant, device)
         for name in names:
-            yield name, linears[name], memory
+            yield name, linears[name], None if name in left_out else memory
+
+
+def _quantized(
+    source: ModelSource,
+    name: str,
+    expected: Tensor,
+    memory: NF4Memory,
+    quantization: QuantizationRecipe,
+    device: str,
+) -> NF4Weight:
+    if source.stored_nf4 is None:
+        return quantize_nf4(
+            _read(source, name, expected).to(device),
+            block_size=quantization.block_size,
+            double_quant=quantization.double_quant,
+            memory=memory,
+        )
+    weight = source.nf4(name)
+    if weight.shape != tuple(expected.shape):
+        raise _do_not_fit(source, name, f"NF4 {list(weight.shape)}", expected)
+    return memory.place(weight)
 
 
 def _untie_what_differs(model: Any, source: ModelSource) -> None:
@@ -162,11 +194,15 @@ def _read(
     if tensor.shape != expected.shape or (
         tensor.is_floating_point() != expected.is_floating_point()
     ):
-        raise ModelError(
-            f"tensor {name} of {source.name} is {_form(tensor)} where its configuration asks for "
-            f"{_form(expected)}: the two do not fit each other."
-        )
+        raise _do_not_fit(source, name, _form(tensor), expected)
     return tensor
+
+
+def _do_not_fit(source: ModelSource, name: str, form: str, expected: Tensor) -> ModelError:
+    return ModelError(
+        f"tensor {name} of {source.name} is {form} where its configuration asks for "
+        f"{_form(expected)}: the two do not fit each other."
+    )
 
 
 def _form(tensor: Tensor) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from halfbyte.errors import ModelError
+from halfbyte.model.bnb_checkpoint import BnbCheckpoint, StoredNF4
 from halfbyte.model.folder import read_config, read_licence
 from halfbyte.model.hub import find_hub_model, looks_like_hub_name
 from halfbyte.model.package import PREFIX, package_gguf
@@ -19,6 +20,8 @@ from halfbyte.recipe.schema import ModelRecipe
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from halfbyte.quant.nf4 import NF4Weight
 
 
 class Checkpoint(Protocol):
@@ -63,6 +66,20 @@ class ModelSource:
         """
         return self.checkpoint.read(self._names[name], dtype)
 
+    @cached_property
+    def stored_nf4(self) -> StoredNF4 | None:
+        """How the checkpoint is quantized already; None where it is not, and holds originals."""
+        found = self.checkpoint
+        if not isinstance(found, BnbCheckpoint):
+            return None
+        quantized = frozenset(name for name in self._names if self._names[name] in found.quantized)
+        return StoredNF4(found.block_size, found.double_quant, quantized)
+
+    def nf4(self, name: str) -> NF4Weight:
+        """A weight of ``stored_nf4.quantized``, on the CPU, bit for bit as it is stored."""
+        assert isinstance(self.checkpoint, BnbCheckpoint)
+        return self.checkpoint.nf4(self._names[name])
+
 
 def open_model(model: ModelRecipe) -> ModelSource:
     """Find the model and read all of it but the weights.
@@ -102,7 +119,8 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
     if len(ggufs) == 1 and not any(folder.glob("*.safetensors")):
         return _open_gguf(ggufs[0], name)
     config = read_config(folder, name)
-    checkpoint = SafetensorsFiles.of_folder(folder)
+    files = SafetensorsFiles.of_folder(folder)
+    checkpoint = BnbCheckpoint(files) if BnbCheckpoint.is_one(files) else files
     tokenizer = load_tokenizer(folder, name, config.model_type)
     return ModelSource(
         name=name,

@@ -140,12 +140,14 @@ def nf4_bytes(elements: int, block_size: int, double_quant: bool) -> int:
 
 def weight_bytes(shape: ModelShape, setup: Setup) -> int:
     """All frozen weights as they are stored."""
-    quantized = sum(
-        nf4_bytes(rows * columns, setup.block_size, setup.double_quant)
-        for rows, columns in shape.linears.values()
+    linears = sum(
+        setup.compute * rows * columns
+        if name in shape.left_out
+        else nf4_bytes(rows * columns, setup.block_size, setup.double_quant)
+        for name, (rows, columns) in shape.linears.items()
     )
     narrow = shape.ends if has_narrow_ends(shape, setup) else 0
-    return quantized + setup.rest * (shape.rest - narrow) + setup.compute * narrow
+    return linears + setup.rest * (shape.rest - narrow) + setup.compute * narrow
 
 
 def has_narrow_ends(shape: ModelShape, setup: Setup) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.model.fusable import why_not_fused
+from halfbyte.model.bnb_checkpoint import StoredNF4
+from halfbyte.model.fusable import NOT_ALL_IN_NF4, why_not_fused
 from halfbyte.model.lora_targets import Targets, adapter_ranks, choose_targets
 from halfbyte.model.narrow import can_be_narrow
 from halfbyte.model.skeleton import build_skeleton, quantized_linears
@@ -18,7 +19,8 @@ _STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 class ModelShape:
     """What the memory and the time of a step depend on.
 
-    ``linears`` gives (out, in) of every layer that is stored in 4 bits, by full name; ``rest``
+    ``linears`` gives (out, in) of every linear layer but the head, by full name; all are stored in
+    4 bits but what a checkpoint that is in 4 bits already has ``left_out``. ``rest``
     counts all other parameters (norms, embeddings, head, biases), tied ones once; ``head`` those
     of the output head alone, whether tied or not; ``ends`` those of embedding and head, tied ones
     once, if :mod:`halfbyte.model.narrow` can keep them in 16 bits.
@@ -39,10 +41,11 @@ class ModelShape:
     max_length: int | None  # the model's own limit in tokens
     stored: str | None  # the type that the weights are said to be stored in: "bf16", "fp16", "fp32"
     not_fused: str | None  # why its layers cannot be fused, or None
+    left_out: frozenset[str] = frozenset()  # of ``linears``, those kept in 16 bits
 
     @property
     def linear(self) -> int:
-        """Parameters that are stored in 4 bits."""
+        """Parameters of the linear layers."""
         return sum(rows * columns for rows, columns in self.linears.values())
 
     @property
@@ -76,9 +79,12 @@ class ModelShape:
         return sum(a[0] * a[1] + b[0] * b[1] for a, b in shapes.values())
 
 
-def model_shape(config: Any, name: str = "the model") -> ModelShape:
+def model_shape(
+    config: Any, name: str = "the model", stored: StoredNF4 | None = None
+) -> ModelShape:
     """The shape of the causal LM that ``config`` (of transformers) describes.
 
+    ``stored`` says what of it is in 4 bits already, if anything is.
     The model is built on the meta device, so that what is counted is what transformers builds.
     Raises ModelError for a configuration of which no model that halfbyte trains can be built.
     """
@@ -92,6 +98,7 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     hidden = int(text.hidden_size)
     widths = [max(linear.weight.shape) for linear in linears.values()]
+    left_out = [n for n in linears if stored and f"{n}.weight" not in stored.quantized]
     ends = [model.get_submodule(end).weight for end in can_be_narrow(model)]
     return ModelShape(
         linears={n: (m.weight.shape[0], m.weight.shape[1]) for n, m in linears.items()},
@@ -108,7 +115,8 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
         norm_width=_norm_width(model, heads, kv_heads),
         max_length=getattr(text, "max_position_embeddings", None),
         stored=_stored(config) or _stored(text),
-        not_fused=why_not_fused(model),
+        not_fused=why_not_fused(model) or (NOT_ALL_IN_NF4 if left_out else None),
+        left_out=frozenset(left_out),
     )
 
 

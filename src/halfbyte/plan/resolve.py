@@ -15,6 +15,7 @@ from halfbyte.data.batching import Batches
 from halfbyte.data.packing import Packs
 from halfbyte.events.types import Choice
 from halfbyte.kernels import triton_shim
+from halfbyte.model.bnb_checkpoint import StoredNF4
 from halfbyte.model.fusable import why_adapters_not_fused
 from halfbyte.model.lora_targets import adapter_ranks, adapter_scales, choose_targets
 from halfbyte.plan import defaults
@@ -31,6 +32,7 @@ from halfbyte.plan.reasons import (
     recompute_reason,
 )
 from halfbyte.plan.speed import device_speed, step_seconds
+from halfbyte.plan.stored import as_stored
 from halfbyte.plan.strategy import (
     PassSize,
     Way,
@@ -118,6 +120,7 @@ def resolve(
     template: str | None = None,
     train: Sequence[TokenizedRow] = (),
     packs: Packs | None = None,
+    stored: StoredNF4 | None = None,
 ) -> Resolved:
     """Decide what ``recipe`` leaves open.
 
@@ -126,11 +129,14 @@ def resolve(
     data room has decided and told of them. With the rows that ``train`` memory is planned for the
     largest batch that they make, and without them for batches of nothing but longest rows.
     ``packs`` are those of the rows where they are packed; what a batch, a step and an epoch count
-    are then packs. Raises ModelError for target modules that the model lacks.
+    are then packs. ``stored`` says how the model is in 4 bits already, if it is. Raises ModelError
+    for target modules that the model lacks.
     """
-    shape = model_shape(model_config, recipe.model.name)
+    shape = model_shape(model_config, recipe.model.name, stored)
     decided = Decisions.of(recipe)
     decide_device(decided, device)
+    for choice in [] if stored is None else as_stored(recipe, stored):
+        decided.set(choice.key, choice.value, choice.reason)
     _put_data(decided, max_length, held_out, template)
     decided.tell_defaults()
     decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora))

@@ -217,15 +217,15 @@ def _row_starts(layers: Sequence[QLoRALinear]) -> list[int]:
 
 def _join(layers: Sequence[QLoRALinear]) -> list[_Piece]:
     """One piece of all layers where their scales can lie end to end, else one for each."""
-    bases = [layer.base for layer in layers]
+    bases = [_in_nf4(layer) for layer in layers]
     blocks = [base.absmax.numel() for base in bases]
     # Double quantization shares a scale among 256 blocks, which must be of one matrix.
     aligned = bases[0].nested is None or all(n % SCALES_PER_BLOCK == 0 for n in blocks[:-1])
     if not aligned or len(layers) == 1:
         starts = _row_starts(layers)
         return [
-            _piece([layer.base], start, layer.out_features)
-            for layer, start in zip(layers, starts, strict=True)
+            _piece([base], start, layer.out_features)
+            for base, layer, start in zip(bases, layers, starts, strict=True)
         ]
     joined = _piece(bases, 0, sum(layer.out_features for layer in layers))
     code, block, scale = 0, 0, 0
@@ -242,6 +242,11 @@ def _join(layers: Sequence[QLoRALinear]) -> list[_Piece]:
         )
         code, block, scale = code + codes, block + scales, scale + (nested or 0)
     return [joined]
+
+
+def _in_nf4(layer: QLoRALinear) -> NF4Weight:
+    assert isinstance(layer.base, NF4Weight), "what a checkpoint leaves in 16 bits is not joined"
+    return layer.base
 
 
 def _piece(bases: Sequence[NF4Weight], first_row: int, rows: int) -> _Piece:

@@ -12,6 +12,7 @@ from halfbyte.kernels.dropout import dropout_key
 from halfbyte.kernels.lora_linear import lora_linear
 
 if TYPE_CHECKING:
+    from halfbyte.quant.dense import DenseWeight
     from halfbyte.quant.nf4 import NF4Weight
 
 
@@ -41,14 +42,16 @@ class DropoutPosition:
 class QLoRALinear(nn.Module):
     """``y = x · dequant(W)ᵀ + b + (lora_alpha / r) · B A drop(x)``.
 
-    ``base`` holds W [out, in] in NF4. ``dense`` is a copy of it in ``compute_dtype`` where memory
-    allows one to be kept, equal bit for bit to what ``base`` dequantizes to. ``lora_A`` [r, in]
-    and ``lora_B`` [out, r] are fp32 parameters, None before an adapter is attached.
+    ``base`` holds W [out, in] in NF4, or as it is where a checkpoint in NF4 left it out. ``dense``
+    is a copy of it in ``compute_dtype`` where memory allows one to be kept, equal bit for bit to
+    what ``base`` dequantizes to. ``lora_A`` [r, in] and ``lora_B`` [out, r] are fp32 parameters,
+    None before an adapter is attached. With DoRA there is ``lora_magnitude_vector`` [out] too: see
+    :mod:`halfbyte.kernels.dora_linear`.
     """
 
     def __init__(
         self,
-        base: NF4Weight,
+        base: NF4Weight | DenseWeight,
         bias: Tensor | None,
         in_features: int,
         out_features: int,
@@ -73,14 +76,14 @@ class QLoRALinear(nn.Module):
     @classmethod
     def from_weight(
         cls,
-        nf4: NF4Weight,
+        base: NF4Weight | DenseWeight,
         bias: Tensor | None,
         in_features: int,
         out_features: int,
         compute_dtype: torch.dtype,
     ) -> QLoRALinear:
         """The layer around an already quantized weight; ``bias`` [out] in ``compute_dtype``."""
-        return cls(nf4, bias, in_features, out_features, compute_dtype)
+        return cls(base, bias, in_features, out_features, compute_dtype)
 
     def weight_dense(self) -> Tensor:
         """W [out, in] in ``compute_dtype``: the kept copy, or dequantized now."""

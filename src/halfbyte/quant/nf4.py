@@ -95,6 +95,15 @@ class NF4Memory:
         self._taken = [code + codes, block + blocks]
         return self._codes[code : code + codes], self._absmax[block : block + blocks]
 
+    def place(self, weight: NF4Weight) -> NF4Weight:
+        """A copy of ``weight`` here, on the memory's device."""
+        codes, absmax = self.take(weight.codes.numel(), weight.absmax.numel())
+        nested = None if weight.nested is None else weight.nested.to(codes.device)
+        offset = None if weight.offset is None else weight.offset.to(codes.device)
+        codes.copy_(weight.codes)
+        absmax.copy_(weight.absmax)
+        return NF4Weight(codes, absmax, weight.shape, weight.block_size, nested, offset)
+
 
 def quantize_nf4(
     weight: Tensor,

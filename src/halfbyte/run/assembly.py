@@ -115,6 +115,7 @@ def assemble(
         template=data.template.name,
         train=data.train,
         packs=packs,
+        stored=source.stored_nf4,
     )
     if earlier is not None:
         reason = earlier.why_not_here(device)
