@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.columns import cell_text, find_columns, guess_columns, rows_of
+from halfbyte.data.columns import find_columns, guess_columns
 from halfbyte.data.example import Example
+from halfbyte.data.formats.cells import text_of
+from halfbyte.data.formats.format import Origin, examples
+from halfbyte.data.formats.instruction import Instructions
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import ColumnsRecipe, DataRecipe
+from halfbyte.recipe.schema import ColumnsRecipe, SourceRecipe
 
 TEXTS = {"short": "a b", "middle": "a longer text", "long": "the longest text of all of them"}
 
@@ -22,8 +25,9 @@ def table(*names: str, text: str = "text") -> Table:
 
 
 def found(*names: str, fixed: str | None = None, **columns: str) -> dict[str, str]:
-    data = DataRecipe(path="d.csv", columns=ColumnsRecipe(**columns), instruction=fixed)
-    return find_columns(data, table(*names)).by_role()
+    source = SourceRecipe(path="d.csv", columns=ColumnsRecipe(**columns))
+    whole = table(*names)
+    return find_columns(source, whole, fixed_instruction=fixed is not None).by_role()
 
 
 def refused(*names: str, fixed: str | None = None, **columns: str) -> str:
@@ -44,7 +48,6 @@ def refused(*names: str, fixed: str | None = None, **columns: str) -> str:
         (["id", "Question", "Answer"], ["Question", None, "Answer"]),
         (["prompt", "completion"], ["prompt", None, "completion"]),
         (["query", "response", "type"], ["query", None, "response"]),
-        (["system_prompt", "question", "response"], ["question", None, "response"]),
         (["problem", "solution"], ["problem", None, "solution"]),
         (["input", "output"], ["input", None, "output"]),
         (["User_Message", "ASSISTANT"], ["User_Message", None, "ASSISTANT"]),
@@ -63,6 +66,20 @@ def test_one_instruction_makes_the_question_the_input() -> None:
     assert found("instruction", "input", "output", fixed="Answer.") == both
     assert found("question", "answer", fixed="Answer.") == {"input": "question", "output": "answer"}
     assert found("a", "b", input="a", output="b", fixed="Answer.") == {"input": "a", "output": "b"}
+
+
+def test_system_messages_have_a_column_of_their_own() -> None:
+    open_orca = ("id", "system_prompt", "question", "response")
+    expected = {"system": "system_prompt", "instruction": "question", "output": "response"}
+    assert found(*open_orca) == expected
+    assert found("a", "b", "c", system="a", output="b", instruction="c") == {
+        "system": "a",
+        "instruction": "c",
+        "output": "b",
+    }
+    # A flag of that name is no message.
+    flags = Table(["system", "q", "answer"], [{"system": True, "q": "1", "answer": "2"}])
+    assert find_columns(SourceRecipe(path="d.csv"), flags).system is None
 
 
 def test_named_columns_go_first() -> None:
@@ -95,7 +112,7 @@ def test_columns_by_content() -> None:
     }
     # A run is not started on such a guess.
     with pytest.raises(DataError, match=r"state data\.columns\.output, which may be long"):
-        find_columns(DataRecipe(path="d.csv"), Table(["n", *TEXTS], rows))
+        find_columns(SourceRecipe(path="d.csv"), Table(["n", *TEXTS], rows))
 
 
 def test_columns_that_are_not_there() -> None:
@@ -105,8 +122,8 @@ def test_columns_that_are_not_there() -> None:
         "instruction, Antwort, output."
     )
     assert "it has a, b." in refused("a", "b", instruction="question")
-    assert "holds whole conversations" in refused("messages")
-    assert "holds whole conversations" in refused("id", "conversations")
+    assert "holds no messages with a role" in refused("messages")
+    assert "holds no messages with a role" in refused("id", "conversations")
     assert "needs a column for the question and one for the answer" in refused("text")
     assert "one column for two roles" in refused("a", "b", instruction="a", output="a")
     assert "leave one of the two out" in refused("a", "b", fixed="Answer.", instruction="a")
@@ -126,7 +143,7 @@ def test_columns_that_are_not_there() -> None:
     ],
 )
 def test_cells_that_are_no_text(value: Any, text: str) -> None:
-    assert cell_text(value, "d.json", 1, "a") == text
+    assert text_of(value, "a") == text
 
 
 @pytest.mark.parametrize(("value", "kind"), [([1], "a list"), ({}, "an object"), (b"", "bytes")])
@@ -135,7 +152,7 @@ def test_cells_that_are_none(value: Any, kind: str) -> None:
     columns = guess_columns(["question", "answer"], rows[:1])
     whole = Table(["question", "answer"], rows)
     with pytest.raises(DataError, match=rf"^d\.json, row 2, column question: .* holds {kind} "):
-        rows_of(whole, columns, "d.json")
-    assert rows_of(Table(whole.columns, [{"answer": 1}]), columns, "d.json") == [
+        list(examples(Instructions(columns), whole.rows, Origin("d.json")))
+    assert list(examples(Instructions(columns), [{"answer": 1}], Origin("d.json"))) == [
         Example.question_and_answer(0, "", "", "1")
     ]

@@ -194,7 +194,7 @@ def test_rows_held_out_from_a_file_of_their_own(tokenizer: Any, tmp_path: Path) 
     rows = [row(n) for n in range(1000, 1030)]
     found = prepared(tokenizer, tmp_path, rows, held_out_path=str(other))
     assert (len(found.train), numbers(found.held_out)) == (30, list(range(200)))
-    assert found.held_out_rows[5] == Example.question_and_answer(5, *row(5).values())
+    assert found.held_out_rows[5] == Example.question_and_answer(5, *row(5).values(), source=1)
     three = prepared(tokenizer, tmp_path, rows, held_out_path=str(other), held_out=3, limit=20)
     assert (len(three.train), numbers(three.held_out)) == (20, [0, 1, 2])
     with pytest.raises(DataError, match="there is no data file"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from halfbyte.data.source import read_rows
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.schema import SourceRecipe
 
 ROWS = [
     {"instruction": "Say 1.", "input": "", "output": 'He said "one";\nthen, he left.'},
@@ -27,7 +27,7 @@ ROWS = [
 
 
 def read(path: Path | str, limit: int | None = None, **data: Any) -> Table:
-    return read_rows(DataRecipe(path=str(path), **data), limit)
+    return read_rows(SourceRecipe(path=str(path), **data), limit)
 
 
 def refused(path: Path | str, limit: int | None = None, **data: Any) -> str:

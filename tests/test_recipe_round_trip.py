@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from halfbyte.errors import RecipeError
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import parse_recipe
-from halfbyte.recipe.settings import item_sections
+from halfbyte.recipe.schema import OF_ONE_SOURCE, SourceRecipe
+from halfbyte.recipe.settings import Setting, settings_of
 from halfbyte.recipe.settings import settings as all_settings
 from halfbyte.recipe.write import commented_recipe, dump_recipe
 
@@ -147,23 +148,53 @@ FILTERS = st.one_of(
 )
 
 
+JINJA = st.one_of(
+    st.builds(lambda text: {"text": text}, TEXTS),
+    st.builds(lambda a, b: {"user": f"a{a}", "assistant": f"b{b}", "system": None}, TEXTS, TEXTS),
+)
+
+
+@st.composite
+def sources(draw: st.DrawFn) -> dict[str, Any]:
+    source: dict[str, Any] = {}
+    for setting in settings_of(SourceRecipe):
+        if not setting.key.startswith("jinja.") and (setting.required or draw(st.booleans())):
+            put(source, setting, draw(values(setting.schema)))
+    if draw(st.booleans()):
+        source["jinja"] = draw(JINJA)
+    source.pop("weight" if source.get("rows") else "rows", None)
+    return source
+
+
+def put(tree: dict[str, Any], setting: Setting, value: Any) -> None:
+    *above, name = setting.key.split(".")
+    for part in above:
+        tree = tree.setdefault(part, {})
+    tree[name] = value
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     tree: dict[str, Any] = {}
+    groups = {"data.cleaning": st.lists(FILTERS, max_size=3), "data.sources": st.just([])}
     for key, setting in all_settings().items():
+        if key.startswith("data.jinja."):
+            continue
         if setting.required or draw(st.booleans()):
-            *above, name = key.split(".")
-            holder = tree
-            for part in above:
-                holder = holder.setdefault(part, {})
-            if item_sections(key):
-                value = draw(st.lists(FILTERS, max_size=3)) if key == "data.cleaning" else []
-            else:
-                value = draw(values(setting.schema))
+            name = setting.name
+            value = draw(groups[key] if key in groups else values(setting.schema))
             if name in ("target_modules", "exclude_modules") and isinstance(value, str):
                 value = f".*{re.escape(value)}"  # a text is a regular expression there
-            holder[name] = value
-    data = tree["data"]
+            put(tree, setting, value)
+    data = tree.setdefault("data", {})
+    if draw(st.booleans()):
+        data["sources"] = draw(st.lists(sources(), min_size=1, max_size=3))
+        for one in (*OF_ONE_SOURCE, "path", "held_out_from"):
+            data.pop(one, None)
+    else:
+        data["path"] = draw(TEXTS.filter(bool))
+        if draw(st.booleans()):
+            data["jinja"] = draw(JINJA)
     if data.get("template", "auto") not in ("auto", "chat", "alpaca", "plain"):
         data["template"] += "{output}"
     return Recipe.model_validate(tree)

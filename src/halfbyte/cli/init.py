@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,9 @@ ROWS_SHOWN = 3
 
 
 def init(
-    data: Annotated[Path, typer.Argument(metavar="FILE", help="Rows: CSV, JSON, JSONL, Parquet.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Rows: CSV, JSON, JSONL, Parquet, Arrow.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -37,33 +40,32 @@ def init(
         raise RecipeError(f"{out} exists already; choose another name with --out.")
     from halfbyte.cli.blocks import Block
     from halfbyte.cli.display import Display
-    from halfbyte.data.columns import guess_columns, rows_of
+    from halfbyte.data.formats.format import Origin, examples
+    from halfbyte.data.formats.recognise import recognise, sentence_of_columns
     from halfbyte.data.source import read_rows
     from halfbyte.data.template import make_template
     from halfbyte.recipe import Recipe
-    from halfbyte.recipe.schema import ColumnsRecipe, DataRecipe, ModelRecipe
+    from halfbyte.recipe.schema import SourceRecipe
     from halfbyte.recipe.write import commented_recipe
 
     display = Display()
-    table = read_rows(DataRecipe(path=str(data)))
-    columns = guess_columns(table.columns, table.rows)
-    roles = ColumnsRecipe(**columns.by_role())
-    recipe = Recipe(
-        model=ModelRecipe(name=model or DEFAULT_MODEL),
-        data=DataRecipe(path=str(data), columns=roles),
-    )
-    guessed = [
-        f"{role} from {column!r}: {columns.reason.get(role, 'its name says so')}"
-        for role, column in columns.by_role().items()
-    ]
-    unused = [name for name in table.columns if name not in columns.by_role().values()]
-    if unused:
-        guessed.append("not used: " + ", ".join(map(repr, unused)))
+    source = SourceRecipe(path=str(data))
+    table = read_rows(source)
+    found = recognise(source, table, by_content=True)
+    rows = {
+        "path": str(data),
+        "format": found.format.name,
+        "columns": found.format.by_role(),
+    }
+    recipe = Recipe.model_validate({"model": {"name": model or DEFAULT_MODEL}, "data": rows})
     display.block(Block("rows", [f"{len(table.rows):,} in {data}"]))
-    display.block(Block("columns", guessed))
+    display.block(Block("format", [f"{found.format.name}: {found.why}", *found.warnings]))
+    display.block(Block("columns", sentence_of_columns(found.format, table.columns)))
     tokenizer = _tokenizer(recipe.model, display) if model and Path(model).exists() else None
-    template, _ = make_template(recipe.data, tokenizer)
-    _show_rows(display, template, rows_of(table, columns, str(data))[:ROWS_SHOWN])
+    template, _ = make_template(recipe.data, tokenizer, texts=found.texts)
+    origin = Origin(str(data), files=table.files, typed=table.typed)
+    shown = islice(examples(found.format, table.rows, origin), ROWS_SHOWN)
+    _show_rows(display, template, list(shown))
     if tokenizer is None:
         text = "rendered in the common instruction format; a chat model gets its own template"
         display.block(Block("note", [text]))
@@ -88,7 +90,7 @@ def _show_rows(display: Display, template: Template, rows: list[Example]) -> Non
     from halfbyte.cli.blocks import Block, row_text, sample_legend
 
     legend = Text("as trained: ").append_text(sample_legend(colour=display.colour))
-    display.block(Block("format", [template.name, legend]))
+    display.block(Block("template", [template.name, legend]))
     for number, row in enumerate(rows, 1):
         runs = [(s.text, s.learn) for s in template.segments(row, "answer")]
         text = row_text(runs, colour=display.colour)

@@ -66,13 +66,14 @@ def recipe(
 
 def _at_hand(asked: Asked) -> bool:
     """Whether the model and the rows can be looked at without the network."""
-    folders = [Path(), *([asked.folder] if asked.folder else [])]
+    from halfbyte.data.source import is_here
 
     def here(name: str) -> bool:
-        return any((folder / name).exists() for folder in folders)
+        return is_here(name) or is_here(name, asked.folder)
 
     name = asked.recipe.model.name
-    return (here(name) or _is_installed(name)) and here(asked.recipe.data.path)
+    rows = all(here(source.path) for source in asked.recipe.data.all_sources)
+    return rows and (here(name) or _is_installed(name))
 
 
 def _is_installed(name: str) -> bool:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import date, time
-from decimal import Decimal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from halfbyte.data.example import Example
 from halfbyte.data.table import Cells, Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.schema import SourceRecipe
 
 # Names that datasets give these columns, the surest first; compared without case, and with
 # anything but letters and digits left out.
@@ -62,7 +58,10 @@ OUTPUT_NAMES = (
     "label",
     "translation",
 )
+SYSTEM_NAMES = ("system", "systemprompt", "systemmessage")
 CONVERSATION_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+# The worse answer of a preference; no question either.
+REJECTED = "rejected"
 
 # Rows looked at to guess by content.
 LOOKED_AT = 100
@@ -77,10 +76,16 @@ class Columns:
     input: str | None = None
     reason: dict[str, str] = field(default_factory=dict)
     by_content: bool = False  # the answer's column was told by its texts, not by its name
+    system: str | None = None
 
     def by_role(self) -> dict[str, str]:
         """Role to column, of the roles that have one."""
-        roles = {"instruction": self.instruction, "input": self.input, "output": self.output}
+        roles = {
+            "system": self.system,
+            "instruction": self.instruction,
+            "input": self.input,
+            "output": self.output,
+        }
         return {role: column for role, column in roles.items() if column is not None}
 
 
@@ -93,12 +98,13 @@ def guess_columns(
     in the table. With ``fixed_instruction`` all rows share an instruction and the question is
     their input. Raises DataError where there are not two columns of text to tell apart.
     """
-    plain = {_plain(name): name for name in reversed(names)}
+    names = [name for name in names if plain(name) not in (*SYSTEM_NAMES, REJECTED)]
+    by_name = {plain(name): name for name in reversed(names)}
     reason: dict[str, str] = {}
 
     def named(candidates: Sequence[str], taken: Sequence[str | None], role: str) -> str | None:
         for candidate in candidates:
-            column = plain.get(candidate)
+            column = by_name.get(candidate)
             if column is not None and column not in taken:
                 reason[role] = f"the column is named {column}"
                 return column
@@ -110,7 +116,7 @@ def guess_columns(
     by_content = output is None
     if output is None:
         output = _longest(names, rows, taken=[])
-        if output is None or len(_texts(names, rows)) < 2 or _conversation(names):
+        if output is None or len(texts_of(names, rows)) < 2 or _conversation(names):
             raise DataError(_no_columns(names))
         reason["output"] = "its texts are the longest"
         instruction, input = (None if c == output else c for c in (instruction, input))
@@ -132,26 +138,59 @@ def guess_columns(
     return Columns(output, instruction, input, kept, by_content)
 
 
-def find_columns(data: DataRecipe, table: Table) -> Columns:
-    """The columns that the recipe names, the rest guessed.
-
-    Raises DataError where a named column is not there, where none can be guessed, or where the
-    answer could only be guessed by content: a run is too dear for that, so it is asked for.
-    """
-    asked = data.columns.model_dump(exclude_none=True)
+def check_named(source: SourceRecipe, table: Table) -> None:
+    """Raise DataError where the recipe names a column that is not there, or one for two roles."""
+    asked = source.columns.model_dump(exclude_none=True)
     for role, column in asked.items():
         if column not in table.columns:
             raise DataError(
-                f"data.columns.{role}: {data.path} has no column {column}"
-                f"{_nearest(column, table.columns)}; it has {_listed(table.columns)}."
+                f"data.columns.{role}: {source.path} has no column {column}"
+                f"{nearest(column, table.columns)}; it has {listed(table.columns)}."
             )
-    if data.instruction is not None and "instruction" in asked:
+    if len(set(asked.values())) < len(asked):
+        raise DataError("data.columns names one column for two roles; each has its own.")
+
+
+def find_columns(
+    source: SourceRecipe,
+    table: Table,
+    *,
+    fixed_instruction: bool = False,
+    by_content: bool = False,
+) -> Columns:
+    """The columns of questions and answers that the recipe names, the rest guessed.
+
+    Raises DataError where a named column is not there, where none can be guessed, or where the
+    answer could only be guessed by content: a run is too dear for that, so it is asked for
+    unless ``by_content`` allows it.
+    """
+    check_named(source, table)
+    columns = _questions(source, table, fixed_instruction, by_content)
+    system, reason = find_system(source, table, list(columns.by_role().values()))
+    return replace(columns, system=system, reason={**columns.reason, **reason})
+
+
+def find_system(
+    source: SourceRecipe, table: Table, taken: Sequence[str]
+) -> tuple[str | None, dict[str, str]]:
+    """The column of system messages, named or by its name, and the reason where it was guessed."""
+    if source.columns.system is not None:
+        return source.columns.system, {}
+    names = [n for n in table.columns if plain(n) in SYSTEM_NAMES and n not in taken]
+    found = next(iter(texts_of(names, table.rows)), None)
+    return found, {} if found is None else {"system": f"the column is named {found}"}
+
+
+def _questions(
+    source: SourceRecipe, table: Table, fixed_instruction: bool, by_content: bool
+) -> Columns:
+    roles = ("instruction", "input", "output")
+    asked = source.columns.model_dump(include=set(roles), exclude_none=True)
+    if fixed_instruction and "instruction" in asked:
         raise DataError(
             "data.instruction gives all rows one instruction and data.columns.instruction names a "
             "column of them; leave one of the two out."
         )
-    if len(set(asked.values())) < len(asked):
-        raise DataError("data.columns names one column for two roles; each has its own.")
     question = {role for role in asked if role != "output"}
     if "output" in asked and question:
         return Columns(**asked)
@@ -159,19 +198,18 @@ def find_columns(data: DataRecipe, table: Table) -> Columns:
     if "output" in asked:
         # Put under a name that is recognized, so that only the question is guessed.
         rows = [{n: row.get(n) for n in rest} | {"output": ""} for row in table.rows[:LOOKED_AT]]
-        rest = [name for name in rest if _plain(name) not in OUTPUT_NAMES]
-        fixed = data.instruction is not None
-        guessed = guess_columns([*rest, "output"], rows, fixed_instruction=fixed)
+        rest = [name for name in rest if plain(name) not in OUTPUT_NAMES]
+        guessed = guess_columns([*rest, "output"], rows, fixed_instruction=fixed_instruction)
         reason = {role: text for role, text in guessed.reason.items() if role != "output"}
         return Columns(str(asked["output"]), guessed.instruction, guessed.input, reason)
     guessed = guess_columns(
         rest if len(rest) > 1 else table.columns,
         table.rows[:LOOKED_AT],
-        fixed_instruction=data.instruction is not None,
+        fixed_instruction=fixed_instruction,
     )
-    if guessed.by_content:
+    if guessed.by_content and not by_content:
         raise DataError(
-            f"{data.path} has the columns {_listed(table.columns)}, and none is named like an "
+            f"{source.path} has the columns {listed(table.columns)}, and none is named like an "
             f"answer; state data.columns.output, which may be {guessed.output}."
         )
     if question:
@@ -180,54 +218,12 @@ def find_columns(data: DataRecipe, table: Table) -> Columns:
     return guessed
 
 
-def rows_of(table: Table, columns: Columns, source: str) -> list[Example]:
-    """The rows as questions and answers; a part that a row lacks is empty."""
-    instruction, input, output = columns.instruction, columns.input, columns.output
-
-    def text(row: Cells, column: str | None, number: int) -> str:
-        if column is None:
-            return ""
-        value = row.get(column)
-        return value if isinstance(value, str) else cell_text(value, source, number, column)
-
-    return [
-        Example.question_and_answer(
-            number - 1,
-            text(row, instruction, number),
-            text(row, input, number),
-            text(row, output, number),
-        )
-        for number, row in enumerate(table.rows, start=1)
-    ]
-
-
-def cell_text(value: object, source: str, number: int, column: str) -> str:
-    """A cell that is no text as text: nothing for None and NaN, ``true``, ``3``, ``2.5``.
-
-    Raises DataError, with the number of the row (from 1), for a list or an object.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (str, int, float, Decimal, date, time)):
-        return str(value)
-    kind = "an object" if isinstance(value, Mapping) else "a list"
-    if isinstance(value, bytes):
-        kind = "bytes"
-    if not isinstance(value, (Mapping, list, tuple, bytes)):
-        kind = type(value).__name__
-    raise DataError(
-        f"{source}, row {number}, column {column}: the cell holds {kind} where a text is needed; "
-        "name another column in data.columns or write its text out."
-    )
-
-
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A column's name as it is compared."""
     return "".join(character for character in name.casefold() if character.isalnum())
 
 
-def _texts(names: Sequence[str], rows: Sequence[Cells]) -> dict[str, float]:
+def texts_of(names: Sequence[str], rows: Sequence[Cells]) -> dict[str, float]:
     """Mean length of the columns that hold text."""
     lengths = {}
     for name in names:
@@ -241,34 +237,37 @@ def _texts(names: Sequence[str], rows: Sequence[Cells]) -> dict[str, float]:
 def _longest(
     names: Sequence[str], rows: Sequence[Cells], taken: Sequence[str | None]
 ) -> str | None:
-    lengths = {name: n for name, n in _texts(names, rows).items() if name not in taken}
+    lengths = {name: n for name, n in texts_of(names, rows).items() if name not in taken}
     return max(lengths, key=lambda name: lengths[name]) if lengths else None
 
 
 def _conversation(names: Sequence[str]) -> str | None:
-    return next((name for name in names if _plain(name) in CONVERSATION_NAMES), None)
+    return next((name for name in names if plain(name) in CONVERSATION_NAMES), None)
 
 
 def _no_columns(names: Sequence[str]) -> str:
     conversation = _conversation(names)
     if conversation is not None:
         return (
-            f"the column {conversation} holds whole conversations, which are not read yet; give "
-            "rows with a column for the question and one for the answer."
+            f"the column {conversation} holds no messages with a role and a content (or from and "
+            "value); make rows of it with data.jinja, or give a column for the question and one "
+            "for the answer."
         )
     return (
         f"a row needs a column for the question and one for the answer, and the columns are "
-        f"{_listed(names)}; name them in data.columns."
+        f"{listed(names)}; name them in data.columns."
     )
 
 
-def _nearest(column: str, names: Sequence[str]) -> str:
-    plain = {_plain(name): name for name in names}
-    near = difflib.get_close_matches(_plain(column), list(plain), n=1, cutoff=0.6)
-    return f" (did you mean {plain[near[0]]}?)" if near else ""
+def nearest(column: str, names: Sequence[str]) -> str:
+    """The column that may have been meant, in brackets."""
+    by_name = {plain(name): name for name in names}
+    near = difflib.get_close_matches(plain(column), list(by_name), n=1, cutoff=0.6)
+    return f" (did you mean {by_name[near[0]]}?)" if near else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first dozen names, in one line."""
     shown = [name if len(name) <= 40 else name[:39] + "…" for name in names[:12]]
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return ", ".join(shown) + more

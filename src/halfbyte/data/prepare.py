@@ -14,12 +14,14 @@ from halfbyte.data.audit.lengths import length_percentiles, percentile
 from halfbyte.data.audit.sample import sample_of
 from halfbyte.data.audit.subject import EMPTY_ANSWER, NOTHING_LEFT, Subject
 from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.cleaning.funnel import check_packages
+from halfbyte.data.cleaning.stages import CLEANING, clean_read, drop_overlap
 from halfbyte.data.example import Example
-from halfbyte.data.split import choose_held_out, read_split
+from halfbyte.data.split import choose_held_out, mix_rows, read_split
 from halfbyte.data.template import Template, make_template
 from halfbyte.data.tokenize import cut, tokenize_rows
 from halfbyte.errors import DataError
-from halfbyte.events.types import Audited, Choice, Found
+from halfbyte.events.types import Audited, Choice, Found, Funnel
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.schema import DataRecipe
 
@@ -40,6 +42,7 @@ class Prepared:
     choices: list[Choice]
     warnings: list[str]
     findings: list[Found]
+    funnel: Funnel | None = None  # of the filters that the recipe lists
 
 
 def prepare(
@@ -54,8 +57,11 @@ def prepare(
     row is left to train; errors among the findings are the caller's to refuse.
     """
     data = recipe.data
+    check_packages(data.cleaning)
     read = read_split(data)
-    template, choices = make_template(data, tokenizer)
+    cleaned = clean_read(data, read)
+    mix_rows(data, read, recipe.seed)
+    template, choices = make_template(data, tokenizer, texts=read.texts)
     answered = [i for i, row in enumerate(read.rows) if row.answer.strip()]
     rendered = [template.segments(read.rows[i], data.loss_on) for i in answered]
     whole = tokenize_rows(tokenizer, rendered, [read.rows[i].row for i in answered])
@@ -71,21 +77,24 @@ def prepare(
     held_out, considered = choose_held_out(data, read, usable, recipe.seed)
     trains = usable & ~held_out
     trains[may_train:] = False
-    train_at, held_out_at = np.flatnonzero(trains).tolist(), np.flatnonzero(held_out).tolist()
+    funnel = drop_overlap(data, read, trains, held_out, cleaned)
+    places = np.flatnonzero(trains)
+    train_at = read.in_an_epoch(places).tolist()
+    held_out_at = np.flatnonzero(held_out).tolist()
     if not train_at:
         raise DataError(
-            f"{data.path} leaves no row to train: all of them are held out; hold out fewer."
+            f"{data.name} leaves no row to train: all of them are held out; hold out fewer."
         )
     train, train_rows = [rows[i] for i in train_at], [read.rows[i] for i in train_at]
     held_out_rows = [read.rows[i] for i in held_out_at]
     dropped = _dropped(rows, usable, considered)
     audit = Audited(
-        source=data.path,
-        rows_read=considered,
+        source=data.name,
+        rows_read=considered + (cleaned.dropped if cleaned else 0),
         rows_used=len(train),
         rows_held_out=len(held_out_at),
         rows_shortened=sum(row.cut > 0 for row in train),
-        rows_dropped=dict(_counted(dropped)),
+        rows_dropped=dict(_counted(dropped) + Counter({CLEANING: funnel.dropped if funnel else 0})),
         template=template.name,
         loss_on=data.loss_on,
         max_length=max_length,
@@ -94,14 +103,14 @@ def prepare(
         length_percentiles=length_percentiles([len(row) + row.cut for row in train]),
         sample=sample_of(tokenizer, template.segments(train_rows[0], data.loss_on), train[0]),
         sample_row=train[0].row,
-        columns=read.columns.by_role(),
+        columns=read.columns,
         sha256=read.sha256,
     )
     findings = find_all(
         Subject(
             data=data,
-            rows=train_rows,
-            tokenized=train,
+            rows=[read.rows[i] for i in places.tolist()],
+            tokenized=[rows[i] for i in places.tolist()],
             held_out=held_out_rows,
             tokenizer=tokenizer,
             template=template,
@@ -127,6 +136,7 @@ def prepare(
         choices=[*read.choices, *choices],
         warnings=[*read.warnings, *template.warnings, *warnings],
         findings=findings,
+        funnel=funnel,
     )
 
 
@@ -171,6 +181,6 @@ def _no_rows(data: DataRecipe, dropped: Counter[str], max_length: int) -> str:
     else:
         todo = f"raise data.max_length, which is {max_length:,} tokens"
     return (
-        f"{data.path} leaves no row to train: {number:,} of {count:,} rows have "
+        f"{data.name} leaves no row to train: {number:,} of {count:,} rows have "
         f"{'an ' if reason == EMPTY_ANSWER else ''}{reason}; {todo}."
     )

@@ -10,7 +10,7 @@ from typing import Any
 from halfbyte.data.source_json import columns_of
 from halfbyte.data.table import SUFFIXES, Cells, Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.schema import SourceRecipe
 
 ROWS_AT_ONCE = 1024
 
@@ -24,7 +24,8 @@ def read_saved(path: Path, split: str, limit: int | None) -> Table:
         files = sorted(f.name for f in path.iterdir() if f.name.lower().endswith(SUFFIXES))
         hint = f" (there is {', '.join(files[:3])})" if files else ""
         raise DataError(
-            f"{path} is a folder that `datasets` did not save; name the data file in it{hint}."
+            f"{path} is a folder that `datasets` did not save; name the data file in it{hint}, or "
+            f"several by a pattern such as {path / '*.jsonl'}."
         )
     import datasets
 
@@ -38,10 +39,10 @@ def read_saved(path: Path, split: str, limit: int | None) -> Table:
                 f"{path} has no split {split}; data.split takes one of {', '.join(saved)}."
             )
         saved = saved[split]
-    return Table(list(saved.column_names), _rows(saved, limit))
+    return Table(list(saved.column_names), _rows(saved, limit), typed=True)
 
 
-def read_hub(data: DataRecipe, limit: int | None) -> Table:
+def read_hub(source: SourceRecipe, limit: int | None) -> Table:
     """The first ``limit`` rows of a hub dataset, or all of them.
 
     With a limit the rows are streamed, so that no more is fetched than they need. Code that a
@@ -50,28 +51,28 @@ def read_hub(data: DataRecipe, limit: int | None) -> Table:
     import datasets
 
     try:
-        _require_reachable(data)
+        _require_reachable(source)
         found = datasets.load_dataset(
-            data.path,
-            name=data.subset,
-            split=data.split,
-            revision=data.revision,
+            source.path,
+            name=source.subset,
+            split=source.split,
+            revision=source.revision,
             streaming=limit is not None,
         )
         rows = _rows(found, None) if limit is None else list(islice(found, limit))
     except Exception as error:  # several libraries raise kinds of their own, all about the dataset
-        raise DataError(_why(data, error)) from error
-    return Table(list(found.column_names or columns_of(rows)), rows)
+        raise DataError(_why(source, error)) from error
+    return Table(list(found.column_names or columns_of(rows)), rows, typed=True)
 
 
-def _require_reachable(data: DataRecipe) -> None:
+def _require_reachable(source: SourceRecipe) -> None:
     """Raise what the hub has against it at once: `datasets` would try for half a minute."""
     import huggingface_hub
 
     # Offline by the user's own setting, `datasets` takes what was fetched before.
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         api = huggingface_hub.HfApi()
-        api.dataset_info(data.path, revision=data.revision, timeout=10, expand=["gated"])
+        api.dataset_info(source.path, revision=source.revision, timeout=10, expand=["gated"])
 
 
 def _rows(dataset: Any, limit: int | None) -> list[Cells]:
@@ -86,39 +87,39 @@ def _rows(dataset: Any, limit: int | None) -> list[Cells]:
     return rows[:count]
 
 
-def _why(data: DataRecipe, error: Exception) -> str:
+def _why(source: SourceRecipe, error: Exception) -> str:
     """One sentence on why a hub dataset did not come, by what the libraries raise."""
     chain = _chain(error)
     text = " ".join(str(e) for e in chain)
     names = {kind.__name__ for e in chain for kind in type(e).__mro__}
-    page = f"https://huggingface.co/datasets/{data.path}"
+    page = f"https://huggingface.co/datasets/{source.path}"
     if "GatedRepoError" in names or "gated" in text.lower():
         return (
-            f"the dataset {data.path} is gated; accept its terms at {page} and log in with "
+            f"the dataset {source.path} is gated; accept its terms at {page} and log in with "
             "`hf auth login` or set HF_TOKEN."
         )
     if "RevisionNotFoundError" in names:
-        return f"the dataset {data.path} has no revision {data.revision}; see {page}/commits."
+        return f"the dataset {source.path} has no revision {source.revision}; see {page}/commits."
     if "scripts are no longer supported" in text or "trust_remote_code" in text:
         return (
-            f"the dataset {data.path} is made by code of its own, which is not executed; convert "
+            f"the dataset {source.path} is made by code of its own, which is not executed; convert "
             "it to Parquet or JSONL and give the file."
         )
     if isinstance(error, ValueError) and "split" in text.lower():
-        return f"the dataset {data.path} has no split {data.split} ({_first_line(error)})."
+        return f"the dataset {source.path} has no split {source.split} ({_first_line(error)})."
     if isinstance(error, ValueError):
-        return f"the dataset {data.path} cannot be read: {_first_line(error)}."
+        return f"the dataset {source.path} cannot be read: {_first_line(error)}."
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not _offline(names):
         return (
-            f"there is no file or folder {data.path} here and no dataset of this name on the hub "
+            f"there is no file or folder {source.path} here and no dataset of this name on the hub "
             "that you may read; check the name, and log in with `hf auth login` if it is private."
         )
     if _offline(names):
         return (
-            f"there is no file or folder {data.path} here, and the hub cannot be reached to look "
+            f"there is no file or folder {source.path} here, and the hub cannot be reached to look "
             "for a dataset of this name; connect to the network or give a local file."
         )
-    return f"the dataset {data.path} cannot be read: {_first_line(error)}."
+    return f"the dataset {source.path} cannot be read: {_first_line(error)}."
 
 
 # Names of the exceptions, or of their bases, that mean that nothing was reached.

@@ -28,4 +28,4 @@ def read_parquet(path: Path, limit: int | None) -> Table:
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path} cannot be read as Parquet: {reason}.") from error
-    return Table(columns, rows[:limit], sha256_of(path))
+    return Table(columns, rows[:limit], sha256_of(path), typed=True)

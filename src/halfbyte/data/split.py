@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from halfbyte.data.columns import Columns, find_columns, rows_of
 from halfbyte.data.example import Example
+from halfbyte.data.formats.format import Origin, examples
+from halfbyte.data.formats.recognise import Recognised, recognise
+from halfbyte.data.mixing import mix
 from halfbyte.data.source import read_rows
+from halfbyte.data.table import Table
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.schema import DataRecipe, SourceRecipe
 
 SHARE = 20  # one row in so many is held out
 MOST = 200  # an evaluation costs time, and so many rows tell a loss to about a hundredth
@@ -22,19 +27,34 @@ SPARE = 50
 
 @dataclass
 class Rows:
-    """First the rows that may train, then those that only may be held out.
+    """First the rows that may train, source after source, then those that only may be held out.
 
     ``apart`` is how many rows at the end cannot train; ``wanted`` how many are to be held out,
     None to decide once the usable rows are known.
+    ``times`` is how often each row stands in an epoch, int64 [rows], None where each does once.
+    ``columns`` are by their role, ``origins`` by the number of the source; ``texts`` says that no
+    row that trains is anything but a text.
     """
 
-    rows: list[Example]
-    columns: Columns
-    sha256: str | None
+    rows: list[Example] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    formats: list[str] = field(default_factory=list)
+    texts: bool = True
+    origins: list[Origin] = field(default_factory=list)
+    sha256: str | None = None
     apart: int = 0
     wanted: int | None = None
+    times: np.ndarray | None = None
     choices: list[Choice] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def at(self, example: Example) -> str:
+        """Where a row stands, for a message about it: ``a.csv, row 3``."""
+        return self.origins[example.source].at(example.row)
+
+    def in_an_epoch(self, places: np.ndarray) -> np.ndarray:
+        """``places`` of rows, each as often as the row stands in an epoch."""
+        return places if self.times is None else np.repeat(places, self.times[places])
 
 
 def read_split(data: DataRecipe) -> Rows:
@@ -44,23 +64,95 @@ def read_split(data: DataRecipe) -> Rows:
     if follow and wanted is None and data.limit is not None:
         wanted = automatic_held_out(data.limit)
     spare = wanted + SPARE if follow and wanted else 0
-    table = read_rows(data, data.limit + spare if data.limit is not None else None)
-    columns = find_columns(data, table)
-    rows = rows_of(table, columns, data.path)
-    read = Rows(rows, columns, table.sha256, wanted=wanted)
-    read.warnings += table.warnings
-    for role, reason in columns.reason.items():
-        read.choices.append(Choice(f"data.columns.{role}", None, columns.by_role()[role], reason))
+    read = Rows(wanted=wanted)
+    digests: list[str | None] = []
+    for number, source in enumerate(data.all_sources):
+        limit = None if source.limit is None else source.limit + spare
+        table, found = _read(data, source.model_copy(update={"limit": limit}), read)
+        digests.append(table.sha256)
+        read.texts = read.texts and found.texts
+        _tell(data, source, found, number, read)
+    read.sha256 = digest_of(digests)
     if data.held_out_path is not None and wanted != 0:
-        apart = data.model_copy(update={"path": data.held_out_path})
-        other = read_rows(apart)
-        held_out = rows_of(other, find_columns(apart, other), apart.path)
-        read.warnings += other.warnings
-        read.rows = rows + held_out
-        read.apart = len(held_out)
+        before = len(read.rows)
+        names = set(read.formats)
+        _read(data, _held_out_source(data, data.held_out_path), read)
+        read.apart = len(read.rows) - before
+        other = read.formats.pop()
+        if other not in names:
+            read.warnings.append(
+                f"the held-out rows of {data.held_out_path} are of the format {other}, those that "
+                f"train of the format {' or '.join(sorted(names))}."
+            )
     elif follow:
         _set_apart(data, read)
     return read
+
+
+def mix_rows(data: DataRecipe, read: Rows, seed: int) -> None:
+    """Leave of ``read.rows`` those that an epoch takes of each source, and say how often.
+
+    Rows that are set apart stay. What is dropped before counts as not there, so that the shares
+    are those of the rows that are left.
+    """
+    if not data.sources:
+        return
+    may_train = len(read.rows) - read.apart
+    source = np.fromiter((row.source for row in read.rows[:may_train]), dtype=np.int64)
+    counts = np.bincount(source, minlength=len(data.sources)).tolist()
+    mixed = mix(data.sources, counts, seed)
+    read.choices += mixed.choices
+    read.warnings += mixed.warnings
+    times = np.concatenate([mixed.times, np.ones(read.apart, dtype=np.int64)])
+    read.rows = [row for row, often in zip(read.rows, times.tolist(), strict=True) if often]
+    read.times = times[times > 0] if times.max(initial=0) > 1 else None
+
+
+def digest_of(digests: Sequence[str | None]) -> str | None:
+    """The one digest, or the SHA-256 of several, one a line; None where one is not known."""
+    if len(digests) == 1 or None in digests:
+        return digests[0] if len(digests) == 1 else None
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+
+
+def _held_out_source(data: DataRecipe, path: str) -> SourceRecipe:
+    """The file of held-out rows, read as ``data.path`` is; beside several sources by its looks."""
+    if data.path is None:
+        return SourceRecipe(path=path)
+    return data.all_sources[0].model_copy(update={"path": path, "limit": None})
+
+
+def _read(data: DataRecipe, source: SourceRecipe, read: Rows) -> tuple[Table, Recognised]:
+    """Add the rows of ``source`` to ``read``."""
+    table = read_rows(source)
+    found = recognise(
+        source,
+        table,
+        fixed_instruction=data.instruction is not None,
+        merge_turns=data.merge_turns,
+    )
+    origin = Origin(source.path, len(read.origins), table.files, table.typed)
+    read.rows += examples(found.format, table.rows, origin)
+    read.origins.append(origin)
+    read.formats.append(found.format.name)
+    read.warnings += [*table.warnings, *found.warnings, *origin.warnings(len(table.rows))]
+    return table, found
+
+
+def _tell(
+    data: DataRecipe, source: SourceRecipe, found: Recognised, number: int, read: Rows
+) -> None:
+    """The format and the columns of a source, as choices and for the audit."""
+    several = len(data.sources) > 1
+    key = f"data.sources[{number + 1}]" if data.sources else "data"
+    if found.why is not None:
+        read.choices.append(Choice(f"{key}.format", "auto", found.format.name, found.why))
+    roles = found.format.by_role()
+    for role, reason in found.format.reason.items():
+        if role in roles:
+            read.choices.append(Choice(f"{key}.columns.{role}", None, roles[role], reason))
+    for role, column in roles.items():
+        read.columns[f"{role} of {source.path}" if several else role] = column
 
 
 def _set_apart(data: DataRecipe, read: Rows) -> None:
@@ -72,7 +164,7 @@ def _set_apart(data: DataRecipe, read: Rows) -> None:
         read.apart = max(0, count - data.limit)
         if read.wanted and not read.apart:
             raise DataError(
-                f"data.held_out_from: after, but {data.path} has {count:,} rows and data.limit "
+                f"data.held_out_from: after, but {data.name} has {count:,} rows and data.limit "
                 f"takes {data.limit:,}, so that none follows; lower data.limit or state "
                 "held_out_from: random."
             )
@@ -86,8 +178,9 @@ def choose_held_out(
     """The rows to hold out and how many of ``read.rows`` were considered for anything.
 
     ``usable`` is bool [rows]: those with something to learn. Rows set apart are held out from the
-    first on; where none are, the seed draws. Only usable rows are taken, so that the same count
-    always takes the same ones. Appends to ``read.choices`` and ``read.warnings``.
+    first on; where none are, the seed draws, of several sources from each in the share that it has
+    of the usable rows. Only usable rows are taken, so that the same count always takes the same
+    ones. Appends to ``read.choices`` and ``read.warnings``.
     """
     count = len(read.rows)
     first_apart = count - read.apart
@@ -109,9 +202,24 @@ def choose_held_out(
             "so that none would train; hold out fewer."
         )
     _say(data, read, wanted, len(candidates), "drawn by the seed")
-    drawn = np.random.default_rng(seed).choice(len(candidates), wanted, replace=False)
-    held_out[candidates[drawn]] = True
+    groups = [candidates]
+    if len(data.sources) > 1:
+        source = np.array([read.rows[i].source for i in candidates.tolist()])
+        groups = [candidates[source == number] for number in range(len(data.sources))]
+    rng = np.random.default_rng(seed)
+    for group, share in zip(groups, shares_of(wanted, [*map(len, groups)]), strict=True):
+        held_out[group[rng.choice(len(group), share, replace=False)]] = True
     return held_out, count
+
+
+def shares_of(wanted: int, counts: Sequence[int]) -> list[int]:
+    """``wanted`` divided as ``counts`` are, to the nearest row (largest remainders)."""
+    total = max(1, sum(counts))
+    shares = [wanted * count // total for count in counts]
+    remainders = sorted(range(len(counts)), key=lambda i: (-(wanted * counts[i] % total), i))
+    for i in remainders[: wanted - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def automatic_held_out(rows: int) -> int:

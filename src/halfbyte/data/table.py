@@ -8,7 +8,14 @@ Cells = dict[str, object]
 
 # Endings of the names of the files that are read.
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
-SUFFIXES = (*TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES), ".parquet")
+PACKED = (".gz", ".zst")
+ARROW_SUFFIXES = (".arrow", ".feather")
+SUFFIXES = (
+    *TEXT_SUFFIXES,
+    *(suffix + packed for suffix in TEXT_SUFFIXES for packed in PACKED),
+    ".parquet",
+    *ARROW_SUFFIXES,
+)
 
 
 @dataclass(frozen=True)
@@ -16,10 +23,15 @@ class Table:
     """Rows of named cells.
 
     ``columns`` in the order of the source; a row may lack some of them. ``sha256`` is of a local
-    file's bytes; ``warnings`` tell what had to be guessed while reading.
+    file's bytes, and of several files of their digests, one a line; ``warnings`` tell what had to
+    be guessed while reading. ``files`` are those that the rows are from, each with the number of
+    its first row, where there are several. With ``typed`` all cells of a column have one type, so
+    that an object holds None under the keys that only other rows' objects have.
     """
 
     columns: list[str]
     rows: list[Cells]
     sha256: str | None = None
     warnings: list[str] = field(default_factory=list)
+    files: list[tuple[int, str]] = field(default_factory=list)
+    typed: bool = False

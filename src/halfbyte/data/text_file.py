@@ -31,9 +31,16 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The file's content, unpacked where its name ends in .gz."""
+    """The file's content, unpacked where its name ends in .gz or .zst."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression="zstd") as unpacked:
+            yield cast(BinaryIO, io.BufferedReader(unpacked))
+        return
     with path.open("rb") as file:
-        if path.suffix.lower() == ".gz":
+        if suffix == ".gz":
             with gzip.GzipFile(fileobj=file) as unpacked:
                 yield cast(BinaryIO, unpacked)
         else:

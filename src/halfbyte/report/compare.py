@@ -129,7 +129,8 @@ def _comparable(stories: list[Story]) -> bool:
         drawn = data.held_out_from == "random" and data.held_out_path is None
         return (
             None if measured is None else (measured.rows, measured.labels),
-            data.path,
+            data.name,
+            repr(data.sources),
             data.held_out_path,
             data.limit,
             data.loss_on,

@@ -62,7 +62,7 @@ def limits(story: Story) -> list[str]:
             "Any claim about new text: without a held-out loss of adapter and base there is no "
             "evidence of how it does on rows it has not seen."
         )
-    if is_medical(f"{story.recipe.data.path} {story.recipe.objective or ''}"):
+    if is_medical(f"{story.recipe.data.name} {story.recipe.objective or ''}"):
         found.append("Medical advice: it must not be used in place of a doctor.")
     found.append(
         "Judging truth or safety: the loss says how well the adapter predicts rows like those it "
@@ -282,7 +282,7 @@ def _price(story: Story) -> str:
 
 def data_name(story: Story) -> str:
     """The data's name without the folders above it; a hub dataset's whole name."""
-    source = story.audit.source if story.audit else story.recipe.data.path
+    source = story.audit.source if story.audit else story.recipe.data.name
     local = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
     known = source.lower().endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet"))
     return source.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] if local or known else source

@@ -18,6 +18,7 @@ from halfbyte.report.blocks import (
     Table,
     Verbatim,
 )
+from halfbyte.report.cleaning import funnel
 from halfbyte.report.page_one import is_cut, shown_in_full
 from halfbyte.report.story import Story
 from halfbyte.report.techniques import key_techniques
@@ -114,7 +115,7 @@ def _model(story: Story) -> list[Block]:
 def _dataset(story: Story) -> list[Block]:
     a = story.audit
     if a is None:
-        return [Facts([("name", Code(story.recipe.data.path))])]
+        return [Facts([("name", Code(story.recipe.data.name))])]
     blocks: list[Block] = [
         Facts(
             [
@@ -136,6 +137,7 @@ def _dataset(story: Story) -> list[Block]:
             ]
         )
     ]
+    blocks += funnel(story)
     if a.template == "custom":
         blocks += [Paragraph("The format of a row:"), Verbatim(story.recipe.data.template)]
     if a.sample:

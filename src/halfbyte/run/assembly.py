@@ -15,6 +15,7 @@ from halfbyte.data.batch import Bucket
 from halfbyte.data.batching import Batches
 from halfbyte.data.packing import Packs
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.data.source import is_here
 from halfbyte.events.types import Audited, Event, Warned
 from halfbyte.model.source import ModelSource, context_length, open_model
 from halfbyte.plan.buckets import batch_sizes, choose_buckets
@@ -95,7 +96,7 @@ def assemble(
     that goes on with choices made before; steps are then made as ``earlier`` says, unless the
     machine or the software is another one.
     """
-    asked_path, recipe = recipe.data.path, _located_recipe(recipe, recipe_folder)
+    asked_path, recipe = recipe.data.name, _located_recipe(recipe, recipe_folder)
     device = find_device(recipe.device)
     emit(environment_event(device))
     with emit.phase("model"):
@@ -129,6 +130,8 @@ def assemble(
             emit(Warned(f"{reason}: {DECIDED_ANEW}"))
             earlier = None
     audit = replace(data.audit, source=asked_path)
+    if data.funnel is not None:
+        emit(data.funnel)
     emit(audit)
     if tell:
         for choice in [*data.choices, *resolved.choices]:
@@ -143,16 +146,21 @@ def assemble(
 
 def _located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:
     model = recipe.model.model_copy(update={"name": _located(recipe.model.name, folder)})
-    paths = {"path": _located(recipe.data.path, folder)}
-    if recipe.data.held_out_path is not None:
-        paths["held_out_path"] = _located(recipe.data.held_out_path, folder)
+    sources = [
+        source.model_copy(update={"path": _located(source.path, folder)})
+        for source in recipe.data.sources
+    ]
+    paths: dict[str, Any] = {"sources": sources}
+    for key in ("path", "held_out_path"):
+        path = getattr(recipe.data, key)
+        paths[key] = None if path is None else _located(path, folder)
     data = recipe.data.model_copy(update=paths)
     return recipe.model_copy(update={"model": model, "data": data})
 
 
 def _located(name: str, folder: Path | None) -> str:
     """``name``, or where it lies beside the recipe if only there."""
-    if folder is not None and not Path(name).exists() and (folder / name).exists():
+    if folder is not None and not is_here(name) and is_here(name, folder):
         return str(folder / name)
     return name
 

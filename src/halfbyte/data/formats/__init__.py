@@ -1,0 +1,1 @@
+"""What rows can be, one file a format, and how each becomes examples."""
