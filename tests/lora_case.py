@@ -141,6 +141,7 @@ def save(model: QLoRAModel, folder: Path, lora: LoraRecipe, base: Path) -> None:
         layers,
         base_name=str(base),
         target_modules=saved_targets(list(layers), model.linears),
+        magnitudes=model.magnitudes(),
         **settings,
     )
 

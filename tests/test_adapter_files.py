@@ -189,7 +189,7 @@ def lose_b(folder: Path) -> None:
         (lambda f: (f / "adapter_model.safetensors").unlink(), "missing"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 64), "damaged"),
         (make_pickled, "pickled"),
-        (make_odd, "plain LoRA"),
+        (make_odd, "no LoRA adapter has"),
         (lose_b, "do not fit"),
         (lambda f: change_config(f, peft_type="IA3"), "LoRA"),
         (lambda f: change_config(f, bias="all"), "bias"),

@@ -121,6 +121,14 @@ CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {r"0\.self_attn\.q_proj": 12, "q_proj": 2, "down_proj": 16},
         "alpha_pattern": {"up_proj": 3.0, r"layers\.1\.self_attn\..*": 32},
     },
+    "DoRA": {"use_dora": True},
+    "DoRA, ranks and factors, rsLoRA": {
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 2},
+        "alpha_pattern": {"up_proj": 3.0},
+        "exclude_modules": ["o_proj"],
+    },
     "ranks and factors, rsLoRA": {
         "use_rslora": True,
         "rank_pattern": {"v_proj": 2},

@@ -1,8 +1,9 @@
 """An adapter on disk, in PEFT's format.
 
 ``adapter_model.safetensors`` holds ``base_model.model.<layer>.lora_A.weight`` [r, in] and
-``….lora_B.weight`` [out, r]; ``adapter_config.json`` says what they are. PEFT, vLLM and
-llama.cpp's converter read these two files.
+``….lora_B.weight`` [out, r], with DoRA also ``….lora_magnitude_vector`` [out];
+``adapter_config.json`` says what they are. PEFT, vLLM and llama.cpp's converter read these two
+files, the last two without DoRA.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class SavedAdapter:
 
     layers: dict[str, tuple[Tensor, Tensor]]  # layer's full name: A [r, in], B [out, r]
     config: dict[str, Any]  # adapter_config.json
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)  # layer's full name: [out]
 
 
 def save_adapter(
@@ -46,6 +49,8 @@ def save_adapter(
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    use_dora: bool = False,
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter into ``folder``, which is made if need be.
 
@@ -59,6 +64,8 @@ def save_adapter(
     for name, pair in layers.items():
         for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
             tensors[f"{_PREFIX}{name}{suffix}"] = tensor.detach().cpu().contiguous()
+    for name, vector in (magnitudes or {}).items():
+        tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = vector.detach().cpu().contiguous()
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -77,7 +84,7 @@ def save_adapter(
         "layers_pattern": None,
         "rank_pattern": dict(rank_pattern or {}),
         "alpha_pattern": {key: _short(value) for key, value in (alpha_pattern or {}).items()},
-        "use_dora": False,
+        "use_dora": use_dora,
         "use_rslora": use_rslora,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,16 +108,20 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """The adapter in ``folder``, tensors on the CPU as stored.
 
     Raises ModelError for a missing or damaged file, for pickled weights, and for an adapter that
-    is not plain LoRA.
+    is neither LoRA nor DoRA.
     """
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
+    magnitudes = {
+        key.removeprefix(_PREFIX).removesuffix(_MAGNITUDE): tensors.pop(key)
+        for key in list(tensors)
+        if key.startswith(_PREFIX) and key.endswith(_MAGNITUDE)
+    }
     for key in tensors:
         if not key.startswith(_PREFIX) or not key.endswith(_SUFFIXES):
             raise ModelError(
-                f"{folder / WEIGHTS} holds {key}, which no plain LoRA adapter has, so it cannot be "
-                "read."
+                f"{folder / WEIGHTS} holds {key}, which no LoRA adapter has, so it cannot be read."
             )
         name = key.removeprefix(_PREFIX).removesuffix(_SUFFIXES[0]).removesuffix(_SUFFIXES[1])
         a, b = (tensors.get(f"{_PREFIX}{name}{suffix}") for suffix in _SUFFIXES)
@@ -122,7 +133,12 @@ def read_adapter(folder: Path) -> SavedAdapter:
         layers[name] = (a, b)
     if not layers:
         raise ModelError(f"{folder / WEIGHTS} holds no adapter: it is empty.")
-    return SavedAdapter(layers, config)
+    if config.get("use_dora") and magnitudes.keys() != layers.keys():
+        raise ModelError(
+            f"{folder / WEIGHTS} does not hold the magnitude vectors that {CONFIG} speaks of: the "
+            "adapter is damaged."
+        )
+    return SavedAdapter(layers, config, magnitudes)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -135,7 +151,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read as JSON: {reason(error)}.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path} is not of a LoRA adapter, the only kind that halfbyte reads.")
-    odd = [key for key in ("use_dora",) if config.get(key)]
+    odd = []
     if config.get("bias", "none") != "none":
         odd.append("bias")
     if odd:

@@ -62,12 +62,17 @@ class QLoRAModel:
         return {n: m for n, m in self.network.named_modules() if isinstance(m, QLoRALinear)}
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """``{layer}.lora_A`` and ``{layer}.lora_B`` in the model's order."""
+        """All that is trained, in the model's order.
+
+        ``{layer}.lora_A``, ``{layer}.lora_B`` and, with DoRA, ``{layer}.lora_magnitude_vector``.
+        """
         found: dict[str, nn.Parameter] = {}
         for name, layer in self.lora.items():
             assert layer.lora_A is not None
             assert layer.lora_B is not None
             found[f"{name}.lora_A"], found[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
+            if layer.lora_magnitude_vector is not None:
+                found[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
         return found
 
     def adapter(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -78,13 +83,25 @@ class QLoRAModel:
             for name in self.lora
         }
 
+    def magnitudes(self) -> dict[str, Tensor]:
+        """DoRA's magnitudes [out] by the layer's full name."""
+        found = {name: layer.lora_magnitude_vector for name, layer in self.lora.items()}
+        return {name: vector.detach() for name, vector in found.items() if vector is not None}
+
     @torch.no_grad()
-    def put_adapter(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Copy A and B of each layer of ``layers`` into the model."""
+    def put_adapter(
+        self,
+        layers: Mapping[str, tuple[Tensor, Tensor]],
+        magnitudes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Copy A and B of each layer of ``layers``, and its magnitudes, into the model."""
         ours = self.adapter()
         for name, (a, b) in layers.items():
             ours[name][0].copy_(a)
             ours[name][1].copy_(b)
+        vectors = self.magnitudes()
+        for name, vector in (magnitudes or {}).items():
+            vectors[name].copy_(vector)
         self.adapter_changed()
 
     def adapter_changed(self) -> None:

@@ -34,8 +34,12 @@ def why_not_fused(network: Any) -> str | None:
     return None
 
 
-def why_adapters_not_fused(ranks: Collection[int], scales: Collection[float]) -> str | None:
+def why_adapters_not_fused(
+    ranks: Collection[int], scales: Collection[float], use_dora: bool
+) -> str | None:
     """The same of the adapters, by the rank and the factor of each."""
+    if use_dora:
+        return "DoRA (lora.use_dora) divides by the norms of weights that change in each step"
     if len(set(ranks)) > 1:
         return "its adapters have different ranks (lora.rank_pattern)"
     if len(set(scales)) > 1:

@@ -50,6 +50,7 @@ class FusedNetwork:
         reason = why_not_fused(network) or why_adapters_not_fused(
             [len(layer.lora_A) for layer in adapted if layer.lora_A is not None],
             [layer.scale for layer in adapted],
+            any(layer.lora_magnitude_vector is not None for layer in adapted),
         )
         if reason is not None:
             raise NotFusedError(reason)

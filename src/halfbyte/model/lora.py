@@ -24,6 +24,7 @@ def attach_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     init: str = "kaiming",
 ) -> dict[str, QLoRALinear]:
     """Give the targeted layers an adapter; returns them by their full name, in the model's order.
@@ -31,7 +32,8 @@ def attach_lora(
     Which layers, ranks and factors these are is said by :mod:`halfbyte.model.lora_targets`. A is
     drawn in order from ``seed`` on the CPU, so that every device gets the same, as PEFT draws it:
     for ``kaiming`` uniform on ±1/√in (a = √5), for ``gaussian`` normal with deviation 1/r. B
-    starts at zero. Both are fp32.
+    starts at zero. Both are fp32. With ``use_dora`` the magnitudes start as the norms of the
+    weight's rows as they are quantized.
 
     Raises ModelError for a target or a pattern that fits no layer.
     """
@@ -51,6 +53,8 @@ def attach_lora(
         layer.dropout_p = lora_dropout
         layer.number = number
         layer.position = position
+        if use_dora:
+            layer.use_dora()
     return {name: layers[name] for name in chosen}
 
 

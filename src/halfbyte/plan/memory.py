@@ -18,7 +18,8 @@ again:
 - the MLP keeps what goes into the activation, what comes out, and the other factor: 3·c·I;
 - an adapted layer keeps its input, which layers that share it keep once (q, k and v; gate and up):
   the norm's output, e·H, for those, the attention's output c·Q, the MLP's product c·I; and the
-  adapter's inner product, c·r. A layer without an adapter keeps nothing.
+  adapter's inner product, c·r; with DoRA also its output before the magnitudes. A layer without
+  an adapter keeps nothing.
 
 With checkpointing each layer keeps its input, e·H a token, and one layer at a time all of it.
 
@@ -64,6 +65,7 @@ class Setup:
     triton: bool = True  # fused layers are made of Triton kernels
     exclude_modules: Targets = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    use_dora: bool = False
 
     @property
     def compute(self) -> int:
@@ -83,7 +85,11 @@ class Setup:
 
     def trained(self, shape: ModelShape) -> list[int]:
         """Elements of each trained tensor."""
-        return [rows * columns for pair in self.adapters(shape).values() for rows, columns in pair]
+        adapters = self.adapters(shape)
+        found = [rows * columns for pair in adapters.values() for rows, columns in pair]
+        if self.use_dora:
+            found += [rows for _, (rows, _) in adapters.values()]
+        return found
 
 
 @dataclass(frozen=True)
@@ -208,8 +214,8 @@ def _adapted_inputs(shape: ModelShape, setup: Setup) -> int:
     c, e = setup.compute, setup.rest
     total = 0
     seen: set[tuple[str, str]] = set()
-    for name, ((r, _), _) in setup.adapters(shape).items():
-        total += c * r
+    for name, ((r, _), (rows, _)) in setup.adapters(shape).items():
+        total += c * (r + rows if setup.use_dora else r)
         parent, _, leaf = name.rpartition(".")
         group = (parent, _SHARED.get(leaf, leaf))
         if group not in seen:

@@ -338,7 +338,9 @@ def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: 
     )
     alpha = 1.0 if lora.lora_alpha == "auto" else lora.lora_alpha
     scales = adapter_scales(ranks, alpha, lora.alpha_pattern, lora.use_rslora)
-    reason = shape.not_fused or why_adapters_not_fused(ranks.values(), scales.values())
+    reason = shape.not_fused or why_adapters_not_fused(
+        ranks.values(), scales.values(), lora.use_dora
+    )
     fused = device.kind == "cuda" and reason is None and whole_blocks
     return Setup(
         precision=str(recipe.precision),
@@ -349,6 +351,7 @@ def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: 
         target_modules=lora.target_modules,
         exclude_modules=lora.exclude_modules,
         rank_pattern=lora.rank_pattern,
+        use_dora=lora.use_dora,
         optimizer=recipe.training.optimizer,
         fused=fused,
         triton=triton_shim.INSTALLED and (device.capability or (0, 0)) >= (7, 5),

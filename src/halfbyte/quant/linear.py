@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from halfbyte.kernels.dora_linear import adapted_norms, dora_linear, row_squares
 from halfbyte.kernels.dropout import dropout_key
 from halfbyte.kernels.lora_linear import lora_linear
 
@@ -67,6 +68,8 @@ class QLoRALinear(nn.Module):
         self.dense: Tensor | None = None
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        self.row_squares: Tensor | None = None  # with DoRA: of the rows of W, fp32 [out]
         self.adapter_enabled = True
         self.scale = 1.0
         self.dropout_p = 0.0
@@ -96,6 +99,16 @@ class QLoRALinear(nn.Module):
         self.dense = self.base.dequantize(self.compute_dtype)
         return self.dense.numel() * self.dense.element_size()
 
+    @torch.no_grad()
+    def use_dora(self) -> None:
+        """Train a magnitude of each output, which starts as the norm of its adapted row of W."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        weight = self.weight_dense()
+        self.row_squares = row_squares(weight)
+        norms = adapted_norms(weight, self.row_squares, self.lora_A, self.lora_B, self.scale)
+        self.lora_magnitude_vector = nn.Parameter(norms)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] of any floating type → [..., out] in ``compute_dtype``."""
         on = self.adapter_enabled and self.lora_A is not None
@@ -106,8 +119,28 @@ class QLoRALinear(nn.Module):
             key = at.key(self.number)
             if at.keys is not None and self.in_features % 2 == 0:
                 apply = at.apply
+        x2d = x.reshape(-1, self.in_features)
+        if on and self.lora_magnitude_vector is not None:
+            assert self.row_squares is not None
+            assert self.lora_A is not None
+            assert self.lora_B is not None
+            y = dora_linear(
+                x2d,
+                self.weight_dense,
+                self.row_squares,
+                self.bias,
+                self.lora_A,
+                self.lora_B,
+                self.lora_magnitude_vector,
+                scale=self.scale,
+                dropout_p=self.dropout_p,
+                key=key,
+                dtype=self.compute_dtype,
+                apply=apply,
+            )
+            return y.view(*x.shape[:-1], self.out_features)
         y = lora_linear(
-            x.reshape(-1, self.in_features),
+            x2d,
             self.weight_dense,
             self.bias,
             self.lora_A if on else None,

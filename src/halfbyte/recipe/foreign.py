@@ -54,6 +54,8 @@ NAMES: dict[str, str] = {
     "lora_dropout_p": "lora.lora_dropout",
     "rslora": "lora.use_rslora",
     "peft_use_rslora": "lora.use_rslora",
+    "dora": "lora.use_dora",
+    "peft_use_dora": "lora.use_dora",
     "init_lora_weights": "lora.init",
     "peft_init_lora_weights": "lora.init",
     "lora_exclude_modules": "lora.exclude_modules",

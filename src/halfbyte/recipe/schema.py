@@ -105,6 +105,12 @@ class LoraRecipe(Section):
         description="Scale by lora_alpha / √r, so that a high rank learns as fast as a low one "
         "(rsLoRA, Kalajdzievski, 2023).",
     )
+    use_dora: bool = Field(
+        default=False,
+        description="Learn the norm of each row of the adapted weights apart from its direction "
+        "(DoRA, Liu et al., 2024): often better at a low rank, and slower, since its layers are "
+        "not fused.",
+    )
     init: LoraInit = Field(
         default="kaiming",
         description="How the adapter starts: `kaiming` (A uniform) or `gaussian` (A normal), B "

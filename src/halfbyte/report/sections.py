@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from halfbyte.events.types import Audited, Environment, Evaluated
+from halfbyte.recipe import Recipe
 from halfbyte.report import figures
 from halfbyte.report.alternatives import loss_alt
 from halfbyte.report.blocks import (
@@ -158,6 +161,26 @@ def _format(a: Audited) -> str:
     }.get(a.template, f"template {a.template}")
 
 
+def _adapter_variants(recipe: Recipe) -> list[tuple[str, str]]:
+    """What makes the adapter another than plain LoRA; nothing of what was not asked for."""
+    lora, ratio = recipe.lora, recipe.training.loraplus_lr_ratio
+    excluded = lora.exclude_modules
+    found = {
+        "layers left out": excluded if isinstance(excluded, str) else ", ".join(excluded),
+        "ranks of their own": _by_name(lora.rank_pattern),
+        "alpha of their own": _by_name(lora.alpha_pattern),
+        "scale": "alpha / √r (rsLoRA)" if lora.use_rslora else "",
+        "magnitudes": "learned apart (DoRA)" if lora.use_dora else "",
+        "start of the adapter": "" if lora.init == "kaiming" else lora.init,
+        "rate of B": f"{ratio:g} times that of A (LoRA+)" if ratio is not None else "",
+    }
+    return [(name, text) for name, text in found.items() if text]
+
+
+def _by_name(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}: {value:g}" for name, value in values.items())
+
+
 def _hyperparameters(story: Story) -> Table:
     r, t = story.recipe, story.recipe.training
     quantization = f"NF4, blocks of {r.quantization.block_size}, " + (
@@ -171,6 +194,7 @@ def _hyperparameters(story: Story) -> Table:
         ("LoRA alpha", figures.setting(r.lora.lora_alpha)),
         ("LoRA dropout", figures.setting(r.lora.lora_dropout)),
         ("adapted layers", figures.setting(r.lora.target_modules)),
+        *_adapter_variants(r),
         ("base weights", quantization),
         ("precision", figures.setting(r.precision)),
         ("learning rate (peak)", figures.setting(t.learning_rate)),

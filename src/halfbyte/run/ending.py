@@ -92,6 +92,8 @@ def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> Non
             "use_rslora": recipe.lora.use_rslora,
             "rank_pattern": recipe.lora.rank_pattern,
             "alpha_pattern": recipe.lora.alpha_pattern,
+            "use_dora": recipe.lora.use_dora,
+            "magnitudes": trainer.model.magnitudes(),
         },
         base_name=assembly.source.name,
         tokenizer=assembly.source.tokenizer,
@@ -111,7 +113,8 @@ def _read_again(assembly: Assembly, trainer: Trainer, folder: Path) -> Checked:
     # So that a layer missing from the file shows: it would otherwise be there from training.
     for parameter in model.lora_parameters().values():
         parameter.fill_(torch.nan)
-    model.put_adapter(read_adapter(folder / "adapter").layers)
+    saved = read_adapter(folder / "adapter")
+    model.put_adapter(saved.layers, saved.magnitudes)
     after = model.logits(batch)
     for name, parameter in model.lora_parameters().items():
         parameter.copy_(in_memory[name])

@@ -50,7 +50,7 @@ def load_for_inference(folder: Path, device: str = "auto") -> Answerer:
     saved = read_adapter(folder / "adapter")
     if saved.layers.keys() != qlora.lora.keys():
         raise ModelError(f"the adapter in {folder} is not one of {recipe.model.name}'s layers.")
-    qlora.put_adapter(saved.layers)
+    qlora.put_adapter(saved.layers, saved.magnitudes)
     qlora.network.eval()
     template = folder / "adapter" / "chat_template.jinja"
     source.tokenizer.chat_template = template.read_text(encoding="utf-8")

@@ -145,17 +145,15 @@ def load_model(
         rank_pattern=recipe.lora.rank_pattern,
         alpha_pattern=recipe.lora.alpha_pattern,
         use_rslora=recipe.lora.use_rslora,
+        use_dora=recipe.lora.use_dora,
         init=recipe.lora.init,
         seed=recipe.seed,
     )
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(False)
-    for layer in lora.values():
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
     model = QLoRAModel(loaded.model, lora, compute_dtype)
+    for parameter in model.lora_parameters().values():
+        parameter.requires_grad_(True)
     if record is not None and device.kind == "cuda":
         _fuse(model, device, record, earlier, trial)
     copied = 0
