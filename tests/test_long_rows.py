@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.batching import make_batch
 from halfbyte.data.long_rows import Leading, fit_row
+from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.errors import DataError
+from halfbyte.recipe import Recipe
 from halfbyte.recipe.schema import LongRows
 
 BOS = 1
@@ -98,3 +106,93 @@ def test_leading_tokens_must_leave_room() -> None:
     row = TokenizedRow(np.arange(12, dtype=np.int32), np.ones(12, bool), 0)
     with pytest.raises(ValueError, match="7 leading tokens leave no room in 8"):
         fit_row(row, 8, "split", Leading(tuple(range(7)), None))
+
+
+def prepared(tokenizer: Any, folder: Path, answers: list[str], **data: Any) -> Prepared:
+    path = folder / "rows.jsonl"
+    rows = [{"instruction": "Say it.", "output": answer} for answer in answers]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    recipe = {"model": {"name": "tiny"}, "data": {"path": str(path), "held_out": 0, **data}}
+    return prepare(Recipe.model_validate(recipe), tokenizer, 256)
+
+
+LONG = "This answer is one of many words, and it does not end before the others do. " * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def whole_row(tokenizer: Any, answer: str) -> list[int]:
+    text = f"<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_audit_counts_what_became_of_long_rows(
+    how: LongRows, tokenizer: Any, tmp_path: Path
+) -> None:
+    answers = ["Short.", LONG, "Also short.", LONG[:-1]]
+    whole = [whole_row(tokenizer, answer) for answer in answers]
+    found = prepared(tokenizer, tmp_path, answers, long_rows=how, max_length=80)
+    audit, over = found.audit, sum(max(0, len(row) - 80) for row in whole)
+    assert all(len(row) <= 80 for row in found.train)
+    assert audit.tokens == sum(map(len, found.train))
+    assert audit.labels == sum(row.num_labels for row in found.train)
+    pieces = {n: [row for row in found.train if row.row == n] for n in range(4)}
+    assert [row.input_ids.tolist() for n in (0, 2) for row in pieces[n]] == [whole[0], whole[2]]
+    if how == "drop":
+        assert audit.rows_dropped == {"more tokens than data.max_length": 2}
+        assert (audit.rows_used, audit.rows_shortened, audit.tokens_cut) == (2, 0, 0)
+        assert found.train_rows == [found.train_rows[0], found.train_rows[1]]
+    elif how == "split":
+        assert audit.rows_dropped == {}
+        assert (audit.rows_used, audit.rows_shortened, audit.rows_split) == (4, 0, 2)
+        count = [-(-(len(row) - 1) // 79) for row in whole]  # each adds what the last has not
+        assert [len(pieces[n]) for n in range(4)] == count
+        assert (audit.pieces, audit.pieces_dropped) == (count[1] + count[3], 0)
+        assert audit.length_percentiles["100"] == max(map(len, whole))
+        # All that a whole row learns.
+        alone = prepared(tokenizer, tmp_path, answers, max_length=1000)
+        assert learned_after(found.train) == learned_after(alone.train)
+    else:
+        assert audit.rows_dropped == {}
+        assert (audit.rows_used, audit.rows_shortened, audit.tokens_cut) == (4, 2, over)
+        for n in (1, 3):
+            kept = whole[n][:80] if how == "cut_right" else whole[n][-80:]
+            assert [row.input_ids.tolist() for row in pieces[n]] == [kept]
+    assert [row.row for row in found.train_rows] == [row.row for row in found.train]
+
+
+def test_a_piece_with_nothing_to_learn_is_left_out_and_counted(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": LONG, "output": "Yes."}
+    path.write_text(json.dumps(row), encoding="utf-8")
+    recipe = {
+        "model": {"name": "tiny"},
+        "data": {"path": str(path), "held_out": 0, "long_rows": "split", "max_length": 60},
+    }
+    found = prepare(Recipe.model_validate(recipe), tokenizer, 256)
+    assert all(row.num_labels for row in found.train)
+    assert found.audit.pieces == len(found.train)
+    assert found.audit.pieces_dropped > 1
+    recipe["data"]["long_rows"] = "drop"  # type: ignore[index]
+    with pytest.raises(
+        DataError, match=r"1 of 1 rows have more tokens than data\.max_length; raise"
+    ):
+        prepare(Recipe.model_validate(recipe), tokenizer, 256)
+
+
+def test_a_pack_is_long_enough_for_eight_rows(tokenizer: Any, tmp_path: Path) -> None:
+    answers = [f"It is {n}." for n in range(100, 140)]
+    assert prepared(tokenizer, tmp_path, answers).max_length < 50
+    found = prepared(tokenizer, tmp_path, answers, packing=True)
+    mean = found.audit.tokens / len(answers)
+    assert 8 * mean <= found.max_length <= 256  # the model's own
+    [choice] = [c for c in found.choices if c.key == "data.max_length"]
+    assert "eight rows" in choice.reason
+    few = prepared(tokenizer, tmp_path, answers, packing=True, max_length=64)
+    assert few.max_length == 64

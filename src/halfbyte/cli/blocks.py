@@ -64,8 +64,10 @@ def audit_block(audit: Audited) -> Block:
     lines = [
         f"{audit.source}: {audit.rows_read:,} rows read, {audit.rows_used:,} train, "
         f"{audit.rows_held_out:,} held out",
-        f"shortened to {audit.max_length:,} tokens: {audit.rows_shortened:,} rows; dropped: "
-        + (_reasons(audit.rows_dropped) or "none"),
+        f"shortened to {audit.max_length:,} tokens: {audit.rows_shortened:,} rows"
+        + (f" (by {audit.tokens_cut:,} tokens)" if audit.tokens_cut else "")
+        + f"; dropped: {_reasons(audit.rows_dropped) or 'none'}",
+        *([_split(audit)] if audit.rows_split else []),
         *([f"columns: {roles}"] if roles else []),
         f"format: {audit.template}; loss on "
         + ("all tokens" if audit.loss_on == "all" else "the answers alone"),
@@ -94,6 +96,13 @@ def _places(found: Found) -> str:
     return f"row{'s' if found.count > 1 else ''} {rows}{more}" + (
         f": {examples}" if examples else ""
     )
+
+
+def _split(audit: Audited) -> str:
+    text = f"split: {audit.rows_split:,} rows into {audit.pieces:,}"
+    if audit.pieces_dropped:
+        text += f"; pieces with nothing to learn are left out: {audit.pieces_dropped:,}"
+    return text
 
 
 def _reasons(dropped: dict[str, int]) -> str:

@@ -19,7 +19,7 @@ from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.tokenize import cut, leading_ids
 from halfbyte.recipe.schema import LongRows
 
-TOO_LONG = "longer than data.max_length"
+TOO_LONG = "more tokens than data.max_length"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,39 @@ def fit_row(
         return [replace(_piece(row, lead, body - room, body), cut=row.cut + over)]
     starts = range(0, body - 1, room - 1)  # the first token of the next is the last of this one
     return [_piece(row, lead, start, min(start + room, body)) for start in starts]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A row as it was tokenized, and the rows of at most ``data.max_length`` that it became."""
+
+    whole: TokenizedRow
+    pieces: list[TokenizedRow]
+    learned: list[TokenizedRow]  # those of ``pieces`` that have a label
+
+    @classmethod
+    def of(cls, row: TokenizedRow, max_length: int, how: LongRows, leading: Leading) -> Fitted:
+        """By :func:`fit_row`."""
+        pieces = fit_row(row, max_length, how, leading)
+        return cls(row, pieces, [piece for piece in pieces if piece.num_labels])
+
+    @property
+    def shown(self) -> TokenizedRow:
+        """The row that stands for all: what is left of it, or the whole where it was split."""
+        return self.pieces[0] if len(self.pieces) == 1 else self.whole
+
+
+def count_fitted(rows: Sequence[Fitted]) -> dict[str, int]:
+    """What became of long rows, as :class:`~halfbyte.events.types.Audited` has it."""
+    shortened = [row.shown.cut for row in rows if row.shown.cut]
+    split = [row for row in rows if len(row.pieces) > 1]
+    return {
+        "rows_shortened": len(shortened),
+        "tokens_cut": sum(shortened),
+        "rows_split": len(split),
+        "pieces": sum(len(row.learned) for row in split),
+        "pieces_dropped": sum(len(row.pieces) - len(row.learned) for row in split),
+    }
 
 
 def _piece(row: TokenizedRow, lead: int, start: int, stop: int) -> TokenizedRow:

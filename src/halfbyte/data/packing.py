@@ -29,8 +29,10 @@ PACKS_MORE = 0.01
 SPREADS = (math.inf, 1.0, 0.5, 0.25)
 # Epochs whose rows are kept: as long as a run is planned, the same few are asked for repeatedly.
 EPOCHS_KEPT = 4
-# Packs of so many rows are filled well, and two of them are a step of 16 rows.
+# Packs of so many rows are filled well, and two of them are a step of 16 rows; so long are packs
+# made for it where the recipe leaves their length open.
 ROWS_PER_PACK = 8
+LONG_ENOUGH = 2048
 BLOCK_BITS = 9
 IN_BLOCK = (1 << BLOCK_BITS) - 1
 

@@ -17,9 +17,11 @@ from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.cleaning.funnel import check_packages
 from halfbyte.data.cleaning.stages import CLEANING, clean_read, drop_overlap
 from halfbyte.data.example import Example
+from halfbyte.data.long_rows import TOO_LONG, Fitted, Leading, count_fitted
+from halfbyte.data.packing import LONG_ENOUGH, good_length
 from halfbyte.data.split import choose_held_out, mix_rows, read_split
 from halfbyte.data.template import Template, make_template
-from halfbyte.data.tokenize import cut, tokenize_rows
+from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.errors import DataError
 from halfbyte.events.types import Audited, Choice, Found, Funnel
 from halfbyte.recipe import Recipe
@@ -35,7 +37,7 @@ class Prepared:
     train: list[TokenizedRow]  # in the order of the source; Batches shuffles them
     held_out: list[TokenizedRow]
     train_rows: list[Example]  # aligned with train
-    held_out_rows: list[Example]  # aligned with held_out
+    held_out_rows: list[Example]  # of held_out, which has several of one that was split
     max_length: int
     template: Template
     audit: Audited
@@ -68,9 +70,13 @@ def prepare(
     may_train = len(read.rows) - read.apart
     lengths = [len(row) for i, row in zip(answered, whole, strict=True) if i < may_train]
     max_length = _max_length(data, lengths, model_max_length, choices)
-    rows = {i: cut(row, max_length) for i, row in zip(answered, whole, strict=True)}
+    leading = Leading.of(tokenizer)
+    rows = {
+        i: Fitted.of(row, max_length, data.long_rows, leading)
+        for i, row in zip(answered, whole, strict=True)
+    }
     usable = np.zeros(len(read.rows), dtype=bool)
-    usable[[i for i, row in rows.items() if row.num_labels]] = True
+    usable[[i for i, row in rows.items() if row.learned]] = True
 
     if not usable[:may_train].any():  # said before anything is said of held-out rows
         raise DataError(_no_rows(data, _counted(_dropped(rows, usable, may_train)), max_length))
@@ -85,22 +91,23 @@ def prepare(
         raise DataError(
             f"{data.name} leaves no row to train: all of them are held out; hold out fewer."
         )
-    train, train_rows = [rows[i] for i in train_at], [read.rows[i] for i in train_at]
+    train = [piece for i in train_at for piece in rows[i].learned]
+    train_rows = [read.rows[i] for i in train_at for _ in rows[i].learned]
     held_out_rows = [read.rows[i] for i in held_out_at]
     dropped = _dropped(rows, usable, considered)
     audit = Audited(
         source=data.name,
         rows_read=considered + (cleaned.dropped if cleaned else 0),
-        rows_used=len(train),
+        rows_used=len(train_at),
         rows_held_out=len(held_out_at),
-        rows_shortened=sum(row.cut > 0 for row in train),
+        **count_fitted([rows[i] for i in train_at]),
         rows_dropped=dict(_counted(dropped) + Counter({CLEANING: funnel.dropped if funnel else 0})),
         template=template.name,
         loss_on=data.loss_on,
         max_length=max_length,
         tokens=sum(map(len, train)),
         labels=sum(row.num_labels for row in train),
-        length_percentiles=length_percentiles([len(row) + row.cut for row in train]),
+        length_percentiles=length_percentiles([len(rows[i].whole) for i in train_at]),
         sample=sample_of(tokenizer, template.segments(train_rows[0], data.loss_on), train[0]),
         sample_row=train[0].row,
         columns=read.columns,
@@ -110,7 +117,7 @@ def prepare(
         Subject(
             data=data,
             rows=[read.rows[i] for i in places.tolist()],
-            tokenized=[rows[i] for i in places.tolist()],
+            tokenized=[rows[i].shown for i in places.tolist()],
             held_out=held_out_rows,
             tokenizer=tokenizer,
             template=template,
@@ -127,7 +134,7 @@ def prepare(
         )
     return Prepared(
         train=train,
-        held_out=[rows[i] for i in held_out_at],
+        held_out=[piece for i in held_out_at for piece in rows[i].learned],
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         max_length=max_length,
@@ -143,15 +150,21 @@ def prepare(
 def _max_length(
     data: DataRecipe, lengths: Sequence[int], model_max_length: int, choices: list[Choice]
 ) -> int:
-    """As stated, or the 99th percentile of ``lengths``, within what the model takes."""
+    """As stated, or the 99th percentile of ``lengths``, within what the model takes.
+
+    Packs are longer where so many tokens do not hold eight rows.
+    """
     if data.max_length != "auto":
         return int(data.max_length)
     if not lengths:
         return min(SHORTEST, model_max_length)
     wanted = max(SHORTEST, percentile(lengths, 99))
-    chosen = min(wanted, model_max_length)
+    filled = min(good_length(sum(lengths), len(lengths)), LONG_ENOUGH) if data.packing else 0
+    chosen = min(max(wanted, filled), model_max_length)
     longest = f"the longest has {max(lengths):,} tokens"
-    if chosen == wanted:
+    if wanted < chosen == filled:
+        reason = f"packs that hold about eight rows are filled well; {longest}"
+    elif chosen >= wanted:
         reason = f"99 % of the rows fit whole; {longest}"
     else:
         reason = f"the model takes no more; {longest}"
@@ -160,13 +173,19 @@ def _max_length(
 
 
 def _dropped(
-    rows: Mapping[int, TokenizedRow], usable: np.ndarray, considered: int
+    rows: Mapping[int, Fitted], usable: np.ndarray, considered: int
 ) -> dict[str, list[int]]:
     """Reason to the places of the rows left out; those with an answer are in ``rows``."""
     dropped: dict[str, list[int]] = {}
     for i in np.flatnonzero(~usable[:considered]).tolist():
-        dropped.setdefault(NOTHING_LEFT if i in rows else EMPTY_ANSWER, []).append(i)
+        dropped.setdefault(_why(rows.get(i)), []).append(i)
     return dropped
+
+
+def _why(row: Fitted | None) -> str:
+    if row is None:
+        return EMPTY_ANSWER
+    return NOTHING_LEFT if row.pieces else TOO_LONG
 
 
 def _counted(dropped: Mapping[str, Sequence[int]]) -> Counter[str]:

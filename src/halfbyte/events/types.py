@@ -158,6 +158,10 @@ class Audited(Event):
     sample_row: int
     columns: dict[str, str] = field(default_factory=dict)  # role: column
     sha256: str | None = None  # of a local data file
+    tokens_cut: int = 0  # taken off the rows that were shortened
+    rows_split: int = 0
+    pieces: int = 0  # that train of the rows that were split
+    pieces_dropped: int = 0  # of them, since they have nothing to learn
 
 
 @dataclass(frozen=True)

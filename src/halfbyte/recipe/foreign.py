@@ -115,7 +115,6 @@ NAMES: dict[str, str] = {
     "max_seq_len": "data.max_length",
     "model_max_length": "data.max_length",
     "cutoff_len": "data.max_length",
-    "sample_packing": "data.packing",
     "neat_packing": "data.packing",
     # the optimization
     "num_train_epochs": "training.epochs",

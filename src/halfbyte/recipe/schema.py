@@ -328,7 +328,8 @@ class DataRecipe(Section):
     max_length: Annotated[int, Field(ge=8)] | Auto = Field(
         default="auto",
         description="Longest row in tokens, and with `packing` the length of a pack. Auto is the "
-        "99th percentile of the rows, within what the model takes.",
+        "99th percentile of the rows, or a pack's length for eight of them if that is more, within "
+        "what the model takes.",
     )
     long_rows: LongRows = Field(
         default="cut_right",

@@ -53,6 +53,16 @@ def _audit(story: Story) -> list[Block]:
         ("rows that train", figures.count(a.rows_used)),
         ("rows held out", figures.count(a.rows_held_out)),
         ("rows shortened", figures.count(a.rows_shortened)),
+        *([("tokens cut off them", figures.count(a.tokens_cut))] if a.tokens_cut else []),
+        *(
+            [
+                ("rows split", figures.count(a.rows_split)),
+                ("pieces of them that train", figures.count(a.pieces)),
+                ("pieces with nothing to learn", figures.count(a.pieces_dropped)),
+            ]
+            if a.rows_split
+            else []
+        ),
         *((f"rows dropped: {why}", figures.count(n)) for why, n in a.rows_dropped.items()),
         ("tokens in an epoch", figures.count(a.tokens)),
         (

@@ -112,7 +112,7 @@ def assemble(
         model_config=source.config,
         rows=len(data.train),
         max_length=data.max_length,
-        held_out=len(data.held_out),
+        held_out=len(data.held_out_rows),
         template=data.template.name,
         train=data.train,
         packs=packs,

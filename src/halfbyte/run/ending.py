@@ -151,7 +151,7 @@ def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> 
             row = data.held_out_rows[i]
             record(
                 Answered(
-                    row=data.held_out[i].row,
+                    row=row.row,
                     when=when,
                     prompt=template.question(row),
                     text=given.text,
