@@ -27,6 +27,7 @@ from halfbyte.events.types import (
     Choice,
     Evaluated,
     Found,
+    Funnel,
     ModelLoaded,
     TrainingStarted,
 )
@@ -96,6 +97,32 @@ def _places(found: Found) -> str:
     return f"row{'s' if found.count > 1 else ''} {rows}{more}" + (
         f": {examples}" if examples else ""
     )
+
+
+def funnel_block(funnel: Funnel, *, cut: bool) -> Block:
+    """What each filter dropped or changed, with a few of the rows, ``cut`` to a line each."""
+    from rich.text import Text
+
+    width = max((len(f"{step.dropped:,}") for step in funnel.filters), default=0)
+    total = len(f"{funnel.rows_in:,}")
+    share = funnel.rows_out / max(1, funnel.rows_in)
+    lines: list[str | Text] = [
+        f"{funnel.rows_in:,} rows in, {funnel.rows_out:,} left ({share:.1%})"
+    ]
+    for step in funnel.filters:
+        left = step.rows_in - step.dropped
+        lines.append(
+            f"{step.dropped:>{width},} dropped, {left:>{total},} left  {step.name}"
+            + (f" ({step.settings})" if step.settings else "")
+            + (f": {step.changed:,} changed" if step.changed else "")
+        )
+        for row in step.examples:
+            source = f" of source {row.source + 1}" if row.source else ""
+            shown = Text(visible(f"  row {row.row + 1:,}{source}: {row.text}"), READ)
+            if cut:
+                shown.no_wrap, shown.overflow = True, "ellipsis"
+            lines.append(shown)
+    return Block("cleaning", lines)
 
 
 def _split(audit: Audited) -> str:

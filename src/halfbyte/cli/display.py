@@ -25,6 +25,7 @@ from halfbyte.cli.blocks import (
     choice_value,
     evaluation_text,
     finding_block,
+    funnel_block,
     model_block,
     resolved_block,
     sample_text,
@@ -42,6 +43,7 @@ from halfbyte.events.types import (
     Fallback,
     Finished,
     Found,
+    Funnel,
     Interrupted,
     Kept,
     ModelLoaded,
@@ -98,6 +100,8 @@ class Display:
                 self._begin_phase(name)
             case Phase(name, seconds):
                 self._end_phase(name, seconds)
+            case Funnel():
+                self.block(funnel_block(event, cut=self.live))
             case Audited():
                 self._audit(event)
             case Choice():

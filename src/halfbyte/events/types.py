@@ -129,6 +129,11 @@ class Funnel(Event):
         filters = [f if isinstance(f, Filtered) else _filtered(f) for f in self.filters]
         object.__setattr__(self, "filters", filters)
 
+    @property
+    def dropped(self) -> int:
+        """Rows that all filters dropped."""
+        return self.rows_in - self.rows_out
+
 
 def _filtered(plain: dict[str, Any]) -> Filtered:
     known = {f.name: plain[f.name] for f in fields(Filtered) if f.name != "examples"}

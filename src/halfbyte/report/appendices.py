@@ -16,6 +16,7 @@ from halfbyte.report.blocks import (
     Table,
     Verbatim,
 )
+from halfbyte.report.cleaning import rows_shown
 from halfbyte.report.settings import settings
 from halfbyte.report.story import Story
 from halfbyte.report.verdicts import verdicts
@@ -84,6 +85,7 @@ def _audit(story: Story) -> list[Block]:
                 "Length of a row in tokens, before cutting.",
             )
         )
+    blocks += rows_shown(story)
     if a.sha256:
         blocks.append(Facts([("SHA-256 of the data file", Code(a.sha256))]))
     return blocks

@@ -136,6 +136,9 @@ def setting(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:g}"
+    if isinstance(value, dict):  # one of a list of groups, such as a filter
+        said = [f"{name}: {setting(v)}" for name, v in value.items() if v is not None]
+        return f"{{{', '.join(said)}}}"
     if isinstance(value, list | tuple):
         return ", ".join(setting(v) for v in value) or "none"
     return str(value).replace("\n", "\\n")

@@ -97,6 +97,11 @@ def _typed(story: Story) -> set[str]:
 
 
 def _same(asked: Any, effective: Any) -> bool:
+    """Whether ``effective`` is what was asked; of groups in a list what was left out is open."""
+    if isinstance(asked, list) and isinstance(effective, list) and len(asked) == len(effective):
+        return all(_same(one, other) for one, other in zip(asked, effective, strict=True))
+    if isinstance(asked, dict) and isinstance(effective, dict):
+        return all(name in effective and _same(v, effective[name]) for name, v in asked.items())
     try:
         return bool(float(asked) == float(effective))
     except (TypeError, ValueError):

@@ -26,6 +26,7 @@ from halfbyte.events.types import (
     Fallback,
     Finished,
     Found,
+    Funnel,
     Interrupted,
     Kept,
     ModelLoaded,
@@ -83,6 +84,7 @@ class Story:
     fallbacks: list[Fallback]
     phases: list[Phase]  # a name that comes twice is summed
     audit: Audited | None
+    funnel: Funnel | None
     model: ModelLoaded | None
     techniques: dict[str, Technique]
     plan: TrainingStarted | None
@@ -241,6 +243,7 @@ def _tell(
         fallbacks=_different(_only(events, Fallback)),
         phases=_summed(_only(events, Phase)),
         audit=_last(_only(events, Audited)),
+        funnel=_last(_only(events, Funnel)),
         model=_last(_only(events, ModelLoaded)),
         techniques={e.name: e for e in _only(events, Technique)},
         plan=_last(_only(events, TrainingStarted)),

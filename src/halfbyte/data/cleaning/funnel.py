@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from halfbyte.data.audit.private import hidden
 from halfbyte.data.cleaning.duplicates import exact_duplicates
 from halfbyte.data.cleaning.encoding import check_ftfy, encoding
 from halfbyte.data.cleaning.language import check_languages, language
@@ -45,6 +46,7 @@ def clean(
     place; without they are left out, to be applied when it is known which rows are held out. Each
     filter's time is linear in the rows, and it keeps no more than some hundred bytes of each.
     Raises DataError, before any row is looked at, where a filter needs a package that is missing.
+    What is shown of rows has likely private data hidden.
     """
     check_packages(filters)
     rows = list(examples)
@@ -73,8 +75,8 @@ def joined(first: Funnel, then: Funnel) -> Funnel:
 
     Those that it did not look at, such as the held-out rows, are counted among those left.
     """
-    dropped = then.rows_in - then.rows_out
-    return Funnel(first.rows_in, first.rows_out - dropped, [*first.filters, *then.filters])
+    left = first.rows_out - then.dropped
+    return Funnel(first.rows_in, left, [*first.filters, *then.filters])
 
 
 def _judge(settings: recipe.Filter, held_out: Sequence[Example]) -> Judge:
@@ -119,5 +121,5 @@ def _apply(
             left.append(mended)
             changed += 1
         if len(shown) < EXAMPLES:
-            shown.append(RowShown(example.row, why, example.source))
+            shown.append(RowShown(example.row, hidden(why), example.source))
     return left, Filtered(settings.filter, settings.words, len(rows), dropped, changed, shown)

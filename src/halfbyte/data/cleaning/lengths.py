@@ -45,6 +45,6 @@ def length(settings: Length, examples: Sequence[Example]) -> Iterator[Verdict]:
             text = part(example, by)
             size = measure(text)
             if (least is not None and size < least) or (most is not None and size > most):
-                verdict = f"{by} of {size:,} {unit}: {beginning(text)}"
+                verdict = f"{by} of {size:,} {unit if size != 1 else unit[:-1]}: {beginning(text)}"
                 break
         yield verdict

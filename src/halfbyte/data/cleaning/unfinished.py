@@ -42,9 +42,9 @@ def unfinished(settings: Unfinished, examples: Sequence[Example]) -> Iterator[Ve
         verdict = None
         for text in answers_of(example):
             if breaks_off(text, settings.sign_off_words):
-                verdict = f"ends {ending(text)}"
+                verdict = f"ends: {ending(text)}"
             elif begins_in_the_middle(text, capitals=capitals):
-                verdict = f"begins {beginning(text)}"
+                verdict = f"begins: {beginning(text)}"
             if verdict:
                 break
         yield verdict
@@ -88,16 +88,20 @@ def breaks_off(text: str, sign_off_words: int) -> bool:
 def begins_in_the_middle(text: str, *, capitals: bool) -> bool:
     """Whether ``text`` begins with a mark that closes something, or in a word.
 
-    A small letter is taken for the latter if answers begin with ``capitals``; not so in a text
-    like ``iPhone`` or ``x = 5``, whose first word is no common word.
+    A small letter is taken for the latter if answers begin with ``capitals``; not so in texts
+    like ``iPhone`` and ``x = 5``.
     """
     first = text[0]
     if first in _CONTINUES:
         return True
     if first == ".":
         return text[1:2].isspace()
+    if not capitals or not first.islower():
+        return False
     word = re.split(r"[\s.,;:!?]", text, maxsplit=1)[0]
-    return capitals and first.islower() and len(word) > 1 and word.isalpha() and word.islower()
+    if len(word) == 1:
+        return text[1:].lstrip()[:1].isalpha()
+    return word.isalpha() and word.islower()
 
 
 def _begin_with_capitals(settings: Unfinished, examples: Sequence[Example]) -> bool:

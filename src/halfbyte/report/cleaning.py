@@ -1,0 +1,65 @@
+"""What cleaning left of the rows, for the report."""
+
+from __future__ import annotations
+
+from halfbyte.report import figures
+from halfbyte.report.blocks import Block, Code, Heading, Paragraph, Table
+from halfbyte.report.story import Story
+
+
+def funnel(story: Story) -> list[Block]:
+    """The filters in their order and what each dropped; nothing where the recipe lists none."""
+    cleaned = story.funnel
+    if cleaned is None:
+        return []
+    rows = [
+        (
+            Code(step.name),
+            step.settings or figures.NONE,
+            figures.count(step.rows_in),
+            figures.count(step.dropped),
+            figures.percentage(step.dropped, step.rows_in),
+            figures.count(step.changed),
+        )
+        for step in cleaned.filters
+    ]
+    total = (
+        f"{figures.count(cleaned.rows_out)} rows left",
+        "",
+        figures.count(cleaned.rows_in),
+        figures.count(cleaned.dropped),
+        figures.percentage(cleaned.dropped, cleaned.rows_in),
+        figures.count(sum(step.changed for step in cleaned.filters)),
+    )
+    return [
+        Heading("Cleaning"),
+        Table(
+            ("filter", "settings", "rows in", "dropped", "share", "changed"),
+            [*rows, total],
+            "llrrrr",
+            "In the order in which they were applied; the rows left train or are held out.",
+            total=True,
+        ),
+    ]
+
+
+def rows_shown(story: Story) -> list[Block]:
+    """A few rows of each filter, and what shows why it took them."""
+    if story.funnel is None:
+        return []
+    rows = [
+        (
+            Code(step.name),
+            figures.count(row.row + 1) + (f" of source {row.source + 1}" if row.source else ""),
+            row.text,
+        )
+        for step in story.funnel.filters
+        for row in step.examples
+    ]
+    if not rows:
+        return [Heading("Rows that cleaning took"), Paragraph("No filter found any.")]
+    caption = "The first rows that each filter dropped or changed, and why."
+    return [
+        Heading("Rows that cleaning took"),
+        Table(("filter", "row", "what shows it"), rows, "lrl", caption),
+    ]
