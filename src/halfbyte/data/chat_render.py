@@ -39,9 +39,12 @@ class ChatRender:
     """Renders conversations in one chat template, with one tokenizer's special tokens."""
 
     def __init__(self, template: str, tokenizer: Any) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
-        self._render = render_jinja_template
+        self._render = chat_template_utils.render_jinja_template
+        # Messages are copied deeply by the function above, which takes as long as rendering them.
+        compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+        self._compiled = None if compiled is None else compiled(template)
         self.template = template
         self.special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._added = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -58,7 +61,22 @@ class ChatRender:
 
         Raises TemplateFailed.
         """
-        return self._texts(conversations, tools, add_generation_prompt=generate)[0]
+        if self._compiled is None:
+            return self._texts(conversations, tools, add_generation_prompt=generate)[0]
+        listed = [dict(tool) for tool in tools] or None
+        try:
+            return [
+                self._compiled.render(
+                    messages=conversation,
+                    tools=listed,
+                    documents=None,
+                    add_generation_prompt=generate,
+                    **self.special,
+                )
+                for conversation in conversations
+            ]
+        except _failures() as error:
+            raise _failed(error) from error
 
     def with_marks(
         self, conversation: Conversation, tools: Sequence[Mapping[str, Any]] = ()
@@ -169,8 +187,6 @@ class ChatRender:
         tools: Sequence[Mapping[str, Any]],
         **how: bool,
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        import jinja2
-
         try:
             return self._render(
                 [list(conversation) for conversation in conversations],
@@ -179,8 +195,19 @@ class ChatRender:
                 **self.special,
                 **how,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise TemplateFailed(" ".join(str(error).split()).rstrip(".")) from error
+        except _failures() as error:
+            raise _failed(error) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a template that does not fit its messages raises."""
+    from jinja2 import TemplateError
+
+    return TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError
+
+
+def _failed(error: Exception) -> TemplateFailed:
+    return TemplateFailed(" ".join(str(error).split()).rstrip("."))
 
 
 def _as_dicts(messages: Sequence[Message], style: CallStyle | None = None) -> list[dict[str, Any]]:
@@ -190,7 +217,8 @@ def _as_dicts(messages: Sequence[Message], style: CallStyle | None = None) -> li
     for place, message in enumerate(messages):
         one: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.reasoning is not None:
-            one["reasoning_content"] = message.reasoning
+            # Templates read it under either name, and transformers gives them both.
+            one["reasoning_content"] = one["thinking"] = message.reasoning
         if message.tool_calls:
             calls = [_call(c, f"{place}.{n}", style) for n, c in enumerate(message.tool_calls)]
             waiting = [call["id"] for call in calls]

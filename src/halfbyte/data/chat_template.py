@@ -112,23 +112,20 @@ class ModelChat:
     def rows(self, example: Example, loss_on: LossOn) -> list[tuple[Example, list[Segment]]]:
         if example.text is not None:
             return [(example, text_segments(example, self._eos))]
-        left = learned_messages(example, loss_on)
-        if not left:
+        learned = learned_messages(example, loss_on)
+        if not learned:
             raise RowRefused(example, NOTHING_LEARNED)
-        if loss_on == "all":
-            left = left[-1:]
+        traced = self._traced(example, learned[-1:] if loss_on == "all" else learned, loss_on)
         found: list[tuple[Example, list[Segment]]] = []
-        while left:
-            text, turns = self._trace(example, left, loss_on)
-            here = tuple(turn.message for turn in turns)
+        for text, turns in traced:
             part = example
-            if found or len(here) < len(left):
-                until = example.messages[: left[-1] + 1]
-                part = replace(example, messages=until, turns=here)
+            if len(traced) > 1:
+                places = tuple(turn.message for turn in turns)
+                until = example.messages[: places[-1] + 1]
+                part = replace(example, messages=until, turns=places)
             spans = [span for turn in turns for span in turn.spans]
             found.append((part, segments_of(text, spans, loss_on == "all")))
-            left = [place for place in left if place not in here]
-        return found[::-1]
+        return found
 
     def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
         rows = self.rows(example, loss_on)
@@ -161,32 +158,37 @@ class ModelChat:
             parts.append(f"{{{{- {lead or repr('')} }}}}")
         return "".join([*parts, self._own])
 
-    def _trace(
+    def _traced(
         self, example: Example, wanted: Sequence[int], loss_on: LossOn
-    ) -> tuple[str, list[Turn]]:
-        """The text up to the last of the ``wanted`` messages, and those that stand in it."""
-        until = replace(example, messages=example.messages[: wanted[-1] + 1])
-        messages = self._messages(until)
-        shift = len(messages) - len(until.messages)
+    ) -> list[tuple[str, list[Turn]]]:
+        """The texts in which the ``wanted`` messages of ``example`` are trained, checked."""
+        messages = self._messages(example)
+        # A question and a system message that are no messages of the row stand before all others.
+        shift = len(messages) - len(example.messages)
+        closing = self._chat.closing if len(wanted) > 1 else ""
 
         def render(conversations: Sequence[Conversation], *, generate: bool) -> list[str]:
             return self._render(example, conversations, generate=generate)
 
-        closing = self._chat.closing if len(wanted) > 1 else ""
         try:
-            text, turns = trace(render, messages, [at + shift for at in wanted], closing)
+            traced = trace(render, messages, [at + shift for at in wanted], closing)
         except PromptLost as lost:
             raise RowRefused(
                 example,
                 "the model's chat template writes a prompt otherwise once its answer follows "
                 f"({lost}), so that what was trained would not be what is prompted; {ELSE}",
             ) from lost
-        if self._chat.marks_answers and loss_on != "all":
-            whole, marks = self._chat.with_marks(messages, example.tools)
-            marks = marks if whole == text else []
-            turns = [replace(turn, spans=self._marked(text, turn, marks)) for turn in turns]
-        self._check(example, text, turns, until.messages, shift)
-        return text, [replace(turn, message=turn.message - shift) for turn in turns]
+        found: list[tuple[str, list[Turn]]] = []
+        for text, turns in traced:
+            until = turns[-1].message + 1
+            if self._chat.marks_answers and loss_on != "all":
+                whole, marks = self._chat.with_marks(messages[:until], example.tools)
+                if whole == text:
+                    turns = [replace(t, spans=self._marked(text, t, marks)) for t in turns]
+            turns = [replace(turn, message=turn.message - shift) for turn in turns]
+            self._check(example, example.messages[: until - shift], text, turns)
+            found.append((text, turns))
+        return found
 
     def _marked(
         self, text: str, turn: Turn, marks: Sequence[tuple[int, int]]
@@ -196,8 +198,6 @@ class ModelChat:
         A mark may begin with the header, which is prompted and not learned.
         """
         [(start, end)] = turn.spans
-        if not marks:
-            return turn.spans
         spans = [(max(a, start), min(b, end)) for a, b in marks if a < end and b > start]
         if spans and not self._chat.ends_turn(text[slice(*spans[-1])]):
             first, last = spans[-1]
@@ -205,12 +205,7 @@ class ModelChat:
         return tuple(spans)
 
     def _check(
-        self,
-        example: Example,
-        text: str,
-        turns: Sequence[Turn],
-        messages: Sequence[Message],
-        shift: int,
+        self, example: Example, messages: Sequence[Message], text: str, turns: Sequence[Turn]
     ) -> None:
         """That the text holds what was asked and done, and what is learned holds what was said."""
         for number, message in enumerate(messages, 1):
@@ -221,14 +216,14 @@ class ModelChat:
                     f"{message.role}; {ELSE}",
                 )
         for turn in turns:
-            message = messages[turn.message - shift]
+            message = messages[turn.message]
             learned = "".join(text[start:end] for start, end in turn.spans)
             names = [str(call.get("function", call).get("name")) for call in message.tool_calls]
             if not all(holds(learned, said) for said in (message.content, *names)):
                 raise RowRefused(
                     example,
                     "the model's chat template leaves out, or does not mark as the assistant's, "
-                    f"a part of message {turn.message - shift + 1}; {ELSE}",
+                    f"a part of message {turn.message + 1}; {ELSE}",
                 )
 
     def _marks_no_end(self) -> bool:

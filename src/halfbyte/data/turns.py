@@ -98,25 +98,36 @@ def last_assistant(example: Example) -> int | None:
 
 def trace(
     render: Render, messages: Conversation, wanted: Sequence[int], closing: str
-) -> tuple[str, list[Turn]]:
-    """The text of a conversation, and those of the ``wanted`` messages that stand in it as they
-    are when they are prompted for and given.
+) -> list[tuple[str, list[Turn]]]:
+    """The texts in which each of the ``wanted`` messages, which ascend, stands once as it is when
+    it is prompted for and given.
 
-    ``wanted`` ascends and ends with the last of ``messages``, which always stands there.
-    ``closing`` is what the template writes behind the last message of every conversation. Raises
-    PromptLost where no text begins with the last prompt.
+    That is one text, up to the last of them, wherever all stand in it; else one more up to the
+    last that is missing, and so on. The shortest text comes first. ``closing`` is what the
+    template writes behind the last message of every conversation. Raises PromptLost where no text
+    begins with a prompt.
     """
     prompts = render([messages[:i] for i in wanted], generate=True)
-    *given, text = render([messages[: i + 1] for i in wanted], generate=False)
-    if not text.startswith(prompts[-1]):
-        text = prompts[-1] + _answer(render, messages, prompts[-1], text)
-    turns: list[Turn] = []
-    for place, prompt, so_far in zip(wanted[:-1], prompts, given, strict=False):
-        if closing and not text.startswith(so_far):
-            so_far = so_far.removesuffix(closing)
-        if text.startswith(prompt) and text.startswith(so_far) and len(so_far) > len(prompt):
-            turns.append(Turn(place, ((len(prompt), len(so_far)),)))
-    return text, [*turns, Turn(wanted[-1], ((len(prompts[-1]), len(text)),))]
+    given = render([messages[: i + 1] for i in wanted], generate=False)
+    left = list(range(len(wanted)))
+    found: list[tuple[str, list[Turn]]] = []
+    while left:
+        last = left.pop()
+        prompt, text = prompts[last], given[last]
+        if not text.startswith(prompt):
+            text = prompt + _answer(render, messages[: wanted[last] + 1], prompt, text)
+        turns: list[Turn] = []
+        for which in list(left):
+            so_far = given[which]
+            if closing and not text.startswith(so_far):
+                so_far = so_far.removesuffix(closing)
+            begin, end = len(prompts[which]), len(so_far)
+            if begin < end and text.startswith(so_far) and text.startswith(prompts[which]):
+                turns.append(Turn(wanted[which], ((begin, end),)))
+                left.remove(which)
+        turns.append(Turn(wanted[last], ((len(prompt), len(text)),)))
+        found.append((text, turns))
+    return found[::-1]
 
 
 def _answer(render: Render, messages: Conversation, prompt: str, text: str) -> str:
