@@ -15,7 +15,6 @@ from halfbyte.data.example import Example, Message
 from halfbyte.data.text_rows import opening, text_segments
 from halfbyte.data.tokenize import leading_text
 from halfbyte.data.turns import (
-    NOTHING_LEARNED,
     Conversation,
     PromptLost,
     RowRefused,
@@ -23,6 +22,7 @@ from halfbyte.data.turns import (
     holds,
     last_assistant,
     learned_messages,
+    nothing_learned,
     segments_of,
     trace,
 )
@@ -114,7 +114,7 @@ class ModelChat:
             return [(example, text_segments(example, self._eos))]
         learned = learned_messages(example, loss_on)
         if not learned:
-            raise RowRefused(example, NOTHING_LEARNED)
+            raise nothing_learned(example, loss_on)
         traced = self._traced(example, learned[-1:] if loss_on == "all" else learned, loss_on)
         found: list[tuple[Example, list[Segment]]] = []
         for text, turns in traced:

@@ -19,9 +19,11 @@ from halfbyte.data.cleaning.stages import CLEANING, clean_read, drop_overlap
 from halfbyte.data.example import Example
 from halfbyte.data.long_rows import TOO_LONG, Fitted, Leading, count_fitted
 from halfbyte.data.packing import LONG_ENOUGH, good_length
+from halfbyte.data.rendered import Rendered, render
 from halfbyte.data.split import choose_held_out, mix_rows, read_split
 from halfbyte.data.template import Template, make_template
 from halfbyte.data.tokenize import tokenize_rows
+from halfbyte.data.turns import REFUSED, UNLEARNED
 from halfbyte.errors import DataError
 from halfbyte.events.types import Audited, Choice, Found, Funnel
 from halfbyte.recipe import Recipe
@@ -36,7 +38,7 @@ class Prepared:
 
     train: list[TokenizedRow]  # in the order of the source; Batches shuffles them
     held_out: list[TokenizedRow]
-    train_rows: list[Example]  # aligned with train
+    train_rows: list[Example]  # aligned with train; see Template.rows
     held_out_rows: list[Example]  # of held_out, which has several of one that was split
     max_length: int
     template: Template
@@ -64,22 +66,22 @@ def prepare(
     cleaned = clean_read(data, read)
     mix_rows(data, read, recipe.seed)
     template, choices = make_template(data, tokenizer, texts=read.texts)
-    answered = [i for i, row in enumerate(read.rows) if row.answer.strip()]
-    rendered = [template.segments(read.rows[i], data.loss_on) for i in answered]
-    whole = tokenize_rows(tokenizer, rendered, [read.rows[i].row for i in answered])
+    rendered = render(template, read.rows, data.loss_on)
+    whole = tokenize_rows(tokenizer, rendered.segments, [part.row for part in rendered.parts])
     may_train = len(read.rows) - read.apart
-    lengths = [len(row) for i, row in zip(answered, whole, strict=True) if i < may_train]
+    lengths = [len(row) for i, row in zip(rendered.places, whole, strict=True) if i < may_train]
     max_length = _max_length(data, lengths, model_max_length, choices)
     leading = Leading.of(tokenizer)
-    rows = {
-        i: Fitted.of(row, max_length, data.long_rows, leading)
-        for i, row in zip(answered, whole, strict=True)
-    }
+    rows: dict[int, list[tuple[Example, Fitted]]] = {}
+    for i, part, row in zip(rendered.places, rendered.parts, whole, strict=True):
+        fitted = Fitted.of(row, max_length, data.long_rows, leading)
+        rows.setdefault(i, []).append((part, fitted))
     usable = np.zeros(len(read.rows), dtype=bool)
-    usable[[i for i, row in rows.items() if row.learned]] = True
+    usable[[i for i, parts in rows.items() if any(row.learned for _, row in parts)]] = True
+    dropped = _dropped(rows, rendered, usable)
 
     if not usable[:may_train].any():  # said before anything is said of held-out rows
-        raise DataError(_no_rows(data, _counted(_dropped(rows, usable, may_train)), max_length))
+        raise DataError(_no_rows(data, _counted(dropped, may_train), max_length))
     held_out, considered = choose_held_out(data, read, usable, recipe.seed)
     trains = usable & ~held_out
     trains[may_train:] = False
@@ -91,23 +93,25 @@ def prepare(
         raise DataError(
             f"{data.name} leaves no row to train: all of them are held out; hold out fewer."
         )
-    train = [piece for i in train_at for piece in rows[i].learned]
-    train_rows = [read.rows[i] for i in train_at for _ in rows[i].learned]
+    trained = [one for i in train_at for one in rows[i]]
+    train = [piece for _, row in trained for piece in row.learned]
+    train_rows = [part for part, row in trained for _ in row.learned]
     held_out_rows = [read.rows[i] for i in held_out_at]
-    dropped = _dropped(rows, usable, considered)
     audit = Audited(
         source=data.name,
         rows_read=considered + (cleaned.dropped if cleaned else 0),
         rows_used=len(train_at),
         rows_held_out=len(held_out_at),
-        **count_fitted([rows[i] for i in train_at]),
-        rows_dropped=dict(_counted(dropped) + Counter({CLEANING: funnel.dropped if funnel else 0})),
+        **count_fitted([row for _, row in trained]),
+        rows_dropped=dict(
+            _counted(dropped, considered) + Counter({CLEANING: funnel.dropped if funnel else 0})
+        ),
         template=template.name,
         loss_on=data.loss_on,
         max_length=max_length,
         tokens=sum(map(len, train)),
         labels=sum(row.num_labels for row in train),
-        length_percentiles=length_percentiles([len(rows[i].whole) for i in train_at]),
+        length_percentiles=length_percentiles([len(row.whole) for _, row in trained]),
         sample=sample_of(tokenizer, template.segments(train_rows[0], data.loss_on), train[0]),
         sample_row=train[0].row,
         columns=read.columns,
@@ -116,13 +120,15 @@ def prepare(
     findings = find_all(
         Subject(
             data=data,
-            rows=[read.rows[i] for i in places.tolist()],
-            tokenized=[rows[i].shown for i in places.tolist()],
+            rows=[part for i in places.tolist() for part, _ in rows[i]],
+            tokenized=[row.shown for i in places.tolist() for _, row in rows[i]],
             held_out=held_out_rows,
             tokenizer=tokenizer,
             template=template,
             max_length=max_length,
-            dropped={why: [read.rows[i].row for i in at] for why, at in dropped.items()},
+            dropped={
+                why: [read.rows[i].row for i in at if i < considered] for why, at in dropped.items()
+            },
             thorough=thorough,
         )
     )
@@ -134,14 +140,19 @@ def prepare(
         )
     return Prepared(
         train=train,
-        held_out=[piece for i in held_out_at for piece in rows[i].learned],
+        held_out=[piece for i in held_out_at for _, row in rows[i] for piece in row.learned],
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         max_length=max_length,
         template=template,
         audit=audit,
         choices=[*read.choices, *choices],
-        warnings=[*read.warnings, *template.warnings, *warnings],
+        warnings=[
+            *read.warnings,
+            *template.warnings,
+            *rendered.warnings(len(read.rows)),
+            *warnings,
+        ],
         findings=findings,
         funnel=funnel,
     )
@@ -173,33 +184,37 @@ def _max_length(
 
 
 def _dropped(
-    rows: Mapping[int, Fitted], usable: np.ndarray, considered: int
+    rows: Mapping[int, Sequence[tuple[Example, Fitted]]], rendered: Rendered, usable: np.ndarray
 ) -> dict[str, list[int]]:
-    """Reason to the places of the rows left out; those with an answer are in ``rows``."""
+    """Reason to the places of the examples left out; those that were rendered are in ``rows``."""
     dropped: dict[str, list[int]] = {}
-    for i in np.flatnonzero(~usable[:considered]).tolist():
-        dropped.setdefault(_why(rows.get(i)), []).append(i)
+    for i in np.flatnonzero(~usable).tolist():
+        if i in rendered.refused:
+            why = rendered.refused[i].kind
+        elif i not in rows:
+            why = EMPTY_ANSWER
+        else:
+            why = NOTHING_LEFT if any(row.pieces for _, row in rows[i]) else TOO_LONG
+        dropped.setdefault(why, []).append(i)
     return dropped
 
 
-def _why(row: Fitted | None) -> str:
-    if row is None:
-        return EMPTY_ANSWER
-    return NOTHING_LEFT if row.pieces else TOO_LONG
-
-
-def _counted(dropped: Mapping[str, Sequence[int]]) -> Counter[str]:
-    return Counter({reason: len(places) for reason, places in dropped.items()})
+def _counted(dropped: Mapping[str, Sequence[int]], considered: int) -> Counter[str]:
+    """How many of the first ``considered`` examples were left out, by the reason."""
+    return Counter({why: sum(i < considered for i in at) for why, at in dropped.items()})
 
 
 def _no_rows(data: DataRecipe, dropped: Counter[str], max_length: int) -> str:
     count = sum(dropped.values())
     reason, number = dropped.most_common(1)[0]
-    if reason == EMPTY_ANSWER:
-        todo = "look whether data.columns.output names the column of the answers"
-    else:
-        todo = f"raise data.max_length, which is {max_length:,} tokens"
+    have, todo = {
+        EMPTY_ANSWER: (
+            "have an",
+            "look whether data.columns.output names the column of the answers",
+        ),
+        REFUSED: ("are", "state another data.template"),
+        UNLEARNED: ("have", "state another data.loss_on"),
+    }.get(reason, ("have", f"raise data.max_length, which is {max_length:,} tokens"))
     return (
-        f"{data.name} leaves no row to train: {number:,} of {count:,} rows have "
-        f"{'an ' if reason == EMPTY_ANSWER else ''}{reason}; {todo}."
+        f"{data.name} leaves no row to train: {number:,} of {count:,} rows {have} {reason}; {todo}."
     )

@@ -8,7 +8,7 @@ from typing import Any
 from halfbyte.data.batch import Segment
 from halfbyte.data.example import Example
 from halfbyte.data.tokenize import leading_text
-from halfbyte.data.turns import NOTHING_LEARNED, RowRefused
+from halfbyte.data.turns import UNLEARNED, RowRefused
 from halfbyte.recipe.schema import LossOn
 
 LONGEST_OPENING = 400  # characters
@@ -24,7 +24,7 @@ def text_segments(example: Example, eos: str) -> list[Segment]:
     """
     text = _text(example)
     if not text.strip():
-        raise RowRefused(example, NOTHING_LEARNED)
+        raise RowRefused(example, "it holds no text", UNLEARNED)
     end = "" if eos and text.endswith(eos) else eos
     return [Segment(text, True), Segment(end, True)]
 

@@ -12,7 +12,12 @@ from halfbyte.data.batch import Segment
 from halfbyte.data.example import Example
 from halfbyte.data.text_rows import opening, text_segments
 from halfbyte.data.tokenize import leading_text
-from halfbyte.data.turns import NOTHING_LEARNED, RowRefused, last_assistant, learned_messages
+from halfbyte.data.turns import (
+    RowRefused,
+    last_assistant,
+    learned_messages,
+    nothing_learned,
+)
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import LossOn
 
@@ -196,7 +201,7 @@ class TextTemplate:
             return text_segments(example, self._eos)
         learned = learned_messages(example, loss_on)
         if not learned:
-            raise RowRefused(example, NOTHING_LEARNED)
+            raise nothing_learned(example, loss_on)
         # What follows the last one is neither learned nor seen by what is.
         pieces = self._pieces(example, learned[-1] + 1)
         return [Segment(text, loss_on == "all" or at in learned) for text, at in pieces]

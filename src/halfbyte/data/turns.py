@@ -20,20 +20,23 @@ from halfbyte.recipe.schema import LossOn
 
 Conversation = Sequence[dict[str, Any]]
 MARK = "\U000f1a7e"  # of the characters that mean nothing, so that no row holds it
-NOTHING_LEARNED = "nothing of the assistant to learn"
+# Why rows are left out, as Audited.rows_dropped says it.
+REFUSED = "refused by the template"
+UNLEARNED = "no answer that data.loss_on names"
 
 
 class RowRefused(DataError):
     """A row that cannot be trained as its template writes it.
 
-    ``row`` and ``source`` are the example's; ``reason`` is why, in words that name no row, so
-    that rows can be counted by it.
+    ``row`` and ``source`` are the example's; ``reason`` is why, in words that name no row, and
+    ``kind`` is REFUSED or UNLEARNED.
     """
 
-    def __init__(self, example: Example, reason: str) -> None:
+    def __init__(self, example: Example, reason: str, kind: str = REFUSED) -> None:
         self.row = example.row
         self.source = example.source
         self.reason = reason
+        self.kind = kind
         super().__init__(f"row {example.row + 1:,}: {reason}.")
 
 
@@ -83,6 +86,16 @@ def learned_messages(example: Example, loss_on: LossOn) -> list[int]:
     if loss_on == "answer":
         return [i for i in spoken if example.messages[i].learn is not False]
     return spoken
+
+
+def nothing_learned(example: Example, loss_on: LossOn) -> RowRefused:
+    """The error for an example of which ``learned_messages`` has none."""
+    why = {
+        "last": "its last answer is empty, and data.loss_on: last learns no other",
+        "flags": "none of its answers is flagged, and data.loss_on: flags learns no other",
+        "answer": "each of its answers is empty, or flagged as not to be learned",
+    }
+    return RowRefused(example, why.get(loss_on, "it holds no answer"), UNLEARNED)
 
 
 def says(message: Message) -> bool:
