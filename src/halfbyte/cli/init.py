@@ -66,7 +66,7 @@ def init(
     origin = Origin(str(data), files=table.files, typed=table.typed)
     shown = islice(examples(found.format, table.rows, origin), ROWS_SHOWN)
     _show_rows(display, template, list(shown))
-    if tokenizer is None:
+    if tokenizer is None and not found.texts:
         text = "rendered in the common instruction format; a chat model gets its own template"
         display.block(Block("note", [text]))
     _write(out, commented_recipe(recipe))
@@ -88,13 +88,19 @@ def _show_rows(display: Display, template: Template, rows: list[Example]) -> Non
     from rich.text import Text
 
     from halfbyte.cli.blocks import Block, row_text, sample_legend
+    from halfbyte.data.turns import RowRefused
 
     legend = Text("as trained: ").append_text(sample_legend(colour=display.colour))
     display.block(Block("template", [template.name, legend]))
     for number, row in enumerate(rows, 1):
-        runs = [(s.text, s.learn) for s in template.segments(row, "answer")]
-        text = row_text(runs, colour=display.colour)
-        display.block(Block(f"row {number}", list(text.split("\n"))), "dim")
+        try:
+            made = [segments for _, segments in template.rows(row, "answer")]
+        except RowRefused as refused:
+            display.block(Block(f"row {number}", [f"not in this template: {refused.reason}"]))
+            continue
+        for segments in made:
+            text = row_text([(s.text, s.learn) for s in segments], colour=display.colour)
+            display.block(Block(f"row {number}", list(text.split("\n"))), "dim")
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from halfbyte.data.batch import Segment
 from halfbyte.data.chat_template import own_template
 from halfbyte.data.example import Example
 from halfbyte.data.tokenize import tokenize_rows
+from halfbyte.data.turns import last_assistant, learned_messages
 from halfbyte.errors import DataError
 from halfbyte.events.types import Found
 
@@ -123,7 +124,7 @@ def _blank_row(subject: Subject) -> str:
     """What the template writes of a row whose every part is a letter; empty if it takes none."""
     blank = Example.question_and_answer(0, "a", "a", "a")
     try:
-        return "".join(s.text for s in subject.template.segments(blank, subject.data.loss_on))
+        return "".join(s.text for s in subject.template.segments(blank, "all"))
     except DataError:
         return ""
 
@@ -256,8 +257,7 @@ def _wrong_labels(subject: Subject) -> list[Found]:
         if (row := subject.rows[place]).text is None
         and not subject.tokenized[place].cut
         and row.messages
-        and row.messages[-1].role == "assistant"
-        and row.messages[-1].learn is not False
+        and last_assistant(row) in learned_messages(row, subject.data.loss_on)
     ]
     wrong = []
     for place in places:
