@@ -7,14 +7,16 @@ into the same frame renders the format that was trained, by construction.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from halfbyte.data.batch import Segment
 from halfbyte.data.chat_template import ModelChat, own_template
 from halfbyte.data.example import Example
-from halfbyte.data.text_rows import TextRows
+from halfbyte.data.text_rows import TextRows, opening
 from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_format
+from halfbyte.data.turns import last_assistant
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
 from halfbyte.recipe.schema import DataRecipe, LossOn
@@ -130,3 +132,13 @@ def _automatic(tokenizer: Any) -> tuple[str, str]:
     if own_template(tokenizer) is not None:
         return "chat", "the model has a chat template, which it has learned to answer in"
     return "alpaca", "the model has no chat template, so it gets the common instruction format"
+
+
+def reference(example: Example) -> str:
+    """What stands in the row where ``Template.prompt`` leaves off, as plain text."""
+    if example.text is not None:
+        return opening(example.text)[1]
+    last = last_assistant(example)
+    calls = () if last is None else example.messages[last].tool_calls
+    written = [json.dumps(dict(call), ensure_ascii=False) for call in calls]
+    return "\n".join(part for part in (example.answer, *written) if part)

@@ -10,6 +10,7 @@ import torch
 
 import halfbyte
 from halfbyte.data.batching import make_batch
+from halfbyte.data.template import reference
 from halfbyte.evaluate.held_out import unquantized_loss
 from halfbyte.events import read_events
 from halfbyte.events.types import (
@@ -155,7 +156,7 @@ def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> 
                     when=when,
                     prompt=template.question(row),
                     text=given.text,
-                    reference=row.answer,
+                    reference=reference(row),
                     tokens=given.tokens,
                     seconds=given.seconds,
                 )
