@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
@@ -18,6 +19,7 @@ pytest.importorskip("peft")
 from halfbyte import Recipe, Run, train
 from halfbyte.events import read_events
 from halfbyte.events.types import Checked, Event, ModelLoaded, Step
+from halfbyte.model.causal import QLoRAModel
 from halfbyte.run.inference import load_for_inference
 from lora_case import make_rows, our_logits, peft_logits, quantized
 from oracle.case import save_model
@@ -27,6 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
         "lora": {"use_dora": True, "lora_dropout": 0.1},
         "training": {"loraplus_lr_ratio": 8},
     },
+    "PiSSA": {"lora": {"init": "pissa", "target_modules": ["q_proj", "down_proj"]}},
+    "PiSSA, DoRA, rsLoRA, ranks": {
+        "lora": {
+            "init": "pissa_niter_16",
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"v_proj": 8},
+        }
+    },
+    "LoftQ": {"lora": {"init": "loftq", "r": 16, "lora_alpha": 16}},
     "ranks, rsLoRA": {
         "lora": {
             "rank_pattern": {"down_proj": 8, r"0\.self_attn\..*": 2},
@@ -84,7 +96,11 @@ def test_a_run(case: str, model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     assert all(event.passed for event in told if isinstance(event, Checked))
     saved = load_file(whole.adapter / "adapter_model.safetensors")
     counted = next(e.parameters_trainable for e in told if isinstance(e, ModelLoaded))
-    assert counted == sum(tensor.numel() for tensor in saved.values())
+    pissa = case.startswith("PiSSA")  # whose start stands in the file too
+    assert counted == sum(
+        tensor.numel() // (2 if pissa and "magnitude" not in name else 1)
+        for name, tensor in saved.items()
+    )
 
     # An interrupted run goes on to the same bits.
     def interrupt(event: Event) -> None:
@@ -101,6 +117,20 @@ def test_a_run(case: str, model: Path, tiny_rows: Path, tmp_path: Path) -> None:
 
     # What is asked is what was trained, and what PEFT has.
     rows = make_rows()
-    ours = our_logits(load_for_inference(whole.folder).qlora, rows)
-    theirs = peft_logits(whole.adapter, quantized(model), rows)
+    qlora = load_for_inference(whole.folder).qlora
+    ours = our_logits(qlora, rows)
+    base = with_its_start(qlora, model) if pissa else quantized(model)
+    theirs = peft_logits(whole.adapter, base, rows)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def with_its_start(qlora: QLoRAModel, folder: Path) -> Any:
+    """The base model as PiSSA's run has it: what was frozen, in 4 bits, and what was taken out."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, layer in qlora.linears.items():
+        weight = layer.base.dequantize(torch.float32)
+        if layer.initial is not None:
+            a, b = layer.initial
+            weight = weight + layer.scale * b @ a
+        base.get_submodule(name).weight = torch.nn.Parameter(weight)
+    return base

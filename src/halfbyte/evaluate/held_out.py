@@ -93,9 +93,10 @@ def unquantized_loss(
 
 @contextmanager
 def _original_weights(model: QLoRAModel, read: Callable[[str], Tensor]) -> Iterator[None]:
-    kept = {name: layer.dense for name, layer in model.linears.items()}
+    kept = {name: (layer.dense, layer.initial) for name, layer in model.linears.items()}
     hooks = []
     for name, layer in model.linears.items():
+        layer.initial = None  # the original weight has it
 
         def before(module: Any, _: Any, name: str = name) -> None:
             module.dense = read(f"{name}.weight").to(module.base.device, module.compute_dtype)
@@ -110,4 +111,4 @@ def _original_weights(model: QLoRAModel, read: Callable[[str], Tensor]) -> Itera
         for hook in hooks:
             hook.remove()
         for name, layer in model.linears.items():
-            layer.dense = kept[name]
+            layer.dense, layer.initial = kept[name]

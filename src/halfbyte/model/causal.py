@@ -88,6 +88,10 @@ class QLoRAModel:
         found = {name: layer.lora_magnitude_vector for name, layer in self.lora.items()}
         return {name: vector.detach() for name, vector in found.items() if vector is not None}
 
+    def initial(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """With PiSSA, A and B of each layer as they started; else empty."""
+        return {name: layer.initial for name, layer in self.lora.items() if layer.initial}
+
     @torch.no_grad()
     def put_adapter(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
 from halfbyte.model.free_memory import release_free_memory
+from halfbyte.model.lora_init import QuantizeHook
 from halfbyte.model.narrow import can_be_narrow, make_narrow
 from halfbyte.model.skeleton import build_skeleton, make_buffers, quantized_linears
 from halfbyte.model.source import ModelSource
@@ -44,6 +46,7 @@ def load_base(
     device: str,
     compute_dtype: torch.dtype,
     rest_dtype: torch.dtype,
+    hook: QuantizeHook | None = None,
 ) -> LoadedBase:
     """Read and quantize the model of ``source`` on ``device``, or take it as it is quantized.
 
@@ -54,6 +57,7 @@ def load_base(
     ``compute_dtype`` stay in it and are widened where they are used: the same numbers. Of a
     checkpoint that is in NF4 already the codes and scales are kept bit for bit, whatever
     ``quantization`` says, and the linear layers that it left out are kept in ``compute_dtype``.
+    A ``hook`` is asked how each weight is quantized.
 
     Raises ModelError for tensors that are missing, too many, or of a wrong shape or type.
     """
@@ -71,7 +75,8 @@ def load_base(
             )
             left_out += base.nbytes
         else:
-            base = _quantized(source, f"{name}.weight", linear.weight, memory, quantization, device)
+            full = f"{name}.weight"
+            base = _quantized(source, full, linear.weight, memory, quantization, device, hook)
             before += 2 * linear.weight.numel()
             after += base.nbytes
             quantized += 1
@@ -122,14 +127,19 @@ def _quantized(
     memory: NF4Memory,
     quantization: QuantizationRecipe,
     device: str,
+    hook: QuantizeHook | None = None,
 ) -> NF4Weight:
     if source.stored_nf4 is None:
-        return quantize_nf4(
-            _read(source, name, expected).to(device),
+        original = _read(source, name, expected).to(device)
+        quantize = partial(
+            quantize_nf4,
             block_size=quantization.block_size,
             double_quant=quantization.double_quant,
             memory=memory,
         )
+        if hook is None:
+            return quantize(original)
+        return hook(name.removesuffix(".weight"), original, quantize)
     weight = source.nf4(name)
     if weight.shape != tuple(expected.shape):
         raise _do_not_fit(source, name, f"NF4 {list(weight.shape)}", expected)

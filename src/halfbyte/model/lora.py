@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from halfbyte.model.lora_init import Pair
 from halfbyte.model.lora_targets import Targets, adapter_ranks, adapter_scales, choose_targets
 from halfbyte.quant.linear import DropoutPosition, QLoRALinear
 
@@ -26,14 +27,16 @@ def attach_lora(
     use_rslora: bool = False,
     use_dora: bool = False,
     init: str = "kaiming",
+    start: Mapping[str, Pair] | None = None,
 ) -> dict[str, QLoRALinear]:
     """Give the targeted layers an adapter; returns them by their full name, in the model's order.
 
     Which layers, ranks and factors these are is said by :mod:`halfbyte.model.lora_targets`. A is
     drawn in order from ``seed`` on the CPU, so that every device gets the same, as PEFT draws it:
     for ``kaiming`` uniform on ±1/√in (a = √5), for ``gaussian`` normal with deviation 1/r. B
-    starts at zero. Both are fp32. With ``use_dora`` the magnitudes start as the norms of the
-    weight's rows as they are quantized.
+    starts at zero. Both are fp32. The other ways to start are those of
+    :mod:`halfbyte.model.lora_init`, which has made A and B already: ``start``, by the layer. With
+    ``use_dora`` the magnitudes start as the norms of the adapted weights' rows.
 
     Raises ModelError for a target or a pattern that fits no layer.
     """
@@ -45,10 +48,16 @@ def attach_lora(
     position = DropoutPosition(seed)
     for number, name in enumerate(chosen):
         layer = layers[name]
-        start = _first_a(init, ranks[name], layer.in_features, generator)
         device = layer.base.device
-        layer.lora_A = nn.Parameter(start.to(device))
-        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, ranks[name], device=device))
+        if start is not None:
+            a, b = start[name]
+        else:
+            a = _first_a(init, ranks[name], layer.in_features, generator)
+            b = torch.zeros(layer.out_features, ranks[name])
+        layer.lora_A = nn.Parameter(a.to(device, copy=True))
+        layer.lora_B = nn.Parameter(b.to(device, copy=True))
+        if start is not None and init.startswith("pissa"):
+            layer.initial = a.to(device), b.to(device)
         layer.scale = scales[name]
         layer.dropout_p = lora_dropout
         layer.number = number
@@ -60,8 +69,8 @@ def attach_lora(
 
 def _first_a(init: str, r: int, columns: int, generator: torch.Generator) -> Tensor:
     """A [r, columns] before the first step."""
-    start = torch.empty(r, columns)
+    a = torch.empty(r, columns)
     if init == "gaussian":
-        return start.normal_(std=1.0 / r, generator=generator)
+        return a.normal_(std=1.0 / r, generator=generator)
     bound = 1.0 / math.sqrt(columns)
-    return start.uniform_(-bound, bound, generator=generator)
+    return a.uniform_(-bound, bound, generator=generator)

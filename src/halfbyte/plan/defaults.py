@@ -37,9 +37,12 @@ def learning_rate(parameters: int) -> tuple[float, str]:
 
 
 def lora_alpha(lora: LoraRecipe) -> tuple[int, str]:
-    """Twice the rank; 8 with rsLoRA, whose scale has to fall as the root of the rank."""
+    """Twice the rank; 8 with rsLoRA, whose scale has to fall as the root of the rank; the rank
+    with PiSSA."""
     if lora.use_rslora:
         return 8, f"with rsLoRA the adapter is scaled by 8 / √r: by 2 at rank 16 (r is {lora.r})"
+    if lora.init.startswith("pissa"):
+        return lora.r, f"r, so the adapter is scaled by 1, as PiSSA was made for (r is {lora.r})"
     return 2 * lora.r, f"2r, so the adapter is scaled by 2 whatever r is (r is {lora.r})"
 
 

@@ -70,6 +70,8 @@ class QLoRALinear(nn.Module):
         self.lora_B: nn.Parameter | None = None
         self.lora_magnitude_vector: nn.Parameter | None = None
         self.row_squares: Tensor | None = None  # with DoRA: of the rows of W, fp32 [out]
+        # With PiSSA, A and B as they started: taken out of W, and there without the adapter too.
+        self.initial: tuple[Tensor, Tensor] | None = None
         self.adapter_enabled = True
         self.scale = 1.0
         self.dropout_p = 0.0
@@ -139,12 +141,13 @@ class QLoRALinear(nn.Module):
                 apply=apply,
             )
             return y.view(*x.shape[:-1], self.out_features)
+        a, b = (self.lora_A, self.lora_B) if on else self.initial or (None, None)
         y = lora_linear(
             x2d,
             self.weight_dense,
             self.bias,
-            self.lora_A if on else None,
-            self.lora_B if on else None,
+            a,
+            b,
             scale=self.scale,
             dropout_p=self.dropout_p,
             key=key,

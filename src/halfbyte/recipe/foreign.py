@@ -57,6 +57,8 @@ NAMES: dict[str, str] = {
     "dora": "lora.use_dora",
     "peft_use_dora": "lora.use_dora",
     "init_lora_weights": "lora.init",
+    "pissa_init": "lora.init",
+    "loftq_config": "lora.init",
     "peft_init_lora_weights": "lora.init",
     "lora_exclude_modules": "lora.exclude_modules",
     "lora_rank_pattern": "lora.rank_pattern",
@@ -203,7 +205,12 @@ VALUES: dict[str, dict[str, str]] = {
         "cosine_with_min_lr": "cosine",
         "cosine_with_restarts": "cosine",
     },
-    "lora.init": {"true": "kaiming", "default": "kaiming"},
+    "lora.init": {
+        "true": "kaiming",
+        "default": "kaiming",
+        "pissa_niter_4": "pissa_niter_16",
+        "pissa_init": "pissa",
+    },
 }
 
 # Their name: why there is no such setting.

@@ -21,7 +21,7 @@ Auto = Literal["auto"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
 Scheduler = Literal["cosine", "linear", "constant"]
-LoraInit = Literal["kaiming", "gaussian"]
+LoraInit = Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "loftq"]
 RowFormat = Literal[
     "auto", "instruction", "prompt_completion", "messages", "sharegpt", "text", "jinja"
 ]
@@ -114,7 +114,9 @@ class LoraRecipe(Section):
     init: LoraInit = Field(
         default="kaiming",
         description="How the adapter starts: `kaiming` (A uniform) or `gaussian` (A normal), B "
-        "being zero.",
+        "being zero; `pissa` at the weights' principal part, of which the rest is quantized (Meng "
+        "et al., 2024), or at nearly that, in seconds, with `pissa_niter_16`; `loftq` at what "
+        "quantizing loses (Li et al., 2023).",
     )
     rank_pattern: dict[Name, PositiveInt] = Field(
         default_factory=dict,
@@ -234,6 +236,11 @@ class SourceRecipe(Section):
         if self.jinja.problem is not None:
             raise wrong_setting("jinja", self.jinja.problem)
         return self
+
+    def __str__(self) -> str:
+        stated = self.model_dump(exclude={"path"}, exclude_defaults=True)
+        words = [f"{k} {v}" for k, v in stated.items() if not isinstance(v, dict)]
+        return f"{self.path} ({', '.join(words)})" if words else self.path
 
 
 # Settings of ``data`` that say how ``data.path`` is read; in ``data.sources`` each has its own.

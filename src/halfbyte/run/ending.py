@@ -26,7 +26,7 @@ from halfbyte.export.adapter_folder import write_adapter_folder
 from halfbyte.export.model_card import model_card
 from halfbyte.generate.answer import answer
 from halfbyte.model.adapter_files import read_adapter
-from halfbyte.model.lora_targets import saved_targets
+from halfbyte.run.adapter_start import put_saved, saved_adapter
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
 from halfbyte.run.setup import Trainer
@@ -71,8 +71,8 @@ def _keep(assembly: Assembly, trainer: Trainer, watch: Watch) -> Kept:
 
 
 def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> None:
-    recipe = assembly.recipe
-    layers = trainer.model.adapter()
+    recipe, model = assembly.recipe, trainer.model
+    layers, lora = saved_adapter(recipe.lora, model)
     events = [r.event for r in read_events(folder)]
     card = model_card(
         recipe,
@@ -85,17 +85,7 @@ def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> Non
     write_adapter_folder(
         folder / "adapter",
         layers,
-        lora={
-            "r": recipe.lora.r,
-            "lora_alpha": recipe.lora.lora_alpha,
-            "lora_dropout": recipe.lora.lora_dropout,
-            "target_modules": saved_targets(list(layers), trainer.model.linears),
-            "use_rslora": recipe.lora.use_rslora,
-            "rank_pattern": recipe.lora.rank_pattern,
-            "alpha_pattern": recipe.lora.alpha_pattern,
-            "use_dora": recipe.lora.use_dora,
-            "magnitudes": trainer.model.magnitudes(),
-        },
+        lora=lora,
         base_name=assembly.source.name,
         tokenizer=assembly.source.tokenizer,
         chat_template=assembly.data.template.chat_template(),
@@ -114,8 +104,7 @@ def _read_again(assembly: Assembly, trainer: Trainer, folder: Path) -> Checked:
     # So that a layer missing from the file shows: it would otherwise be there from training.
     for parameter in model.lora_parameters().values():
         parameter.fill_(torch.nan)
-    saved = read_adapter(folder / "adapter")
-    model.put_adapter(saved.layers, saved.magnitudes)
+    put_saved(model, read_adapter(folder / "adapter"))
     after = model.logits(batch)
     for name, parameter in model.lora_parameters().items():
         parameter.copy_(in_memory[name])

@@ -21,6 +21,7 @@ LATEST = "latest"
 # What a run writes into its folder, and all that --overwrite removes.
 CONTENTS = (
     "adapter",
+    "initial_adapter",
     "checkpoints",
     "plots",
     EVENTS_FILE,

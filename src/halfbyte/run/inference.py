@@ -12,6 +12,7 @@ from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.source import open_model
 from halfbyte.plan.device import find_device
 from halfbyte.recipe.load import load_recipe
+from halfbyte.run.adapter_start import put_saved
 from halfbyte.run.folder import require_run
 from halfbyte.run.setup import load_model
 
@@ -46,11 +47,11 @@ def load_for_inference(folder: Path, device: str = "auto") -> Answerer:
     if on.kind == "cpu" and recipe.precision != "fp32" and not on.bf16_native:
         recipe = recipe.model_copy(update={"precision": "fp32"})
     source = open_model(recipe.model)
-    qlora, _ = load_model(recipe, source, on)
+    qlora, _ = load_model(recipe, source, on, begun=folder)
     saved = read_adapter(folder / "adapter")
     if saved.layers.keys() != qlora.lora.keys():
         raise ModelError(f"the adapter in {folder} is not one of {recipe.model.name}'s layers.")
-    qlora.put_adapter(saved.layers, saved.magnitudes)
+    put_saved(qlora, saved)
     qlora.network.eval()
     template = folder / "adapter" / "chat_template.jinja"
     source.tokenizer.chat_template = template.read_text(encoding="utf-8")

@@ -40,6 +40,7 @@ from halfbyte.optim.schedule import schedule_table
 from halfbyte.plan.device import Device
 from halfbyte.quant.joined import FlatAdapter
 from halfbyte.recipe import Recipe
+from halfbyte.run.adapter_start import low_rank_start
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.kernel_trial import passed
 from halfbyte.run.record import RunRecord
@@ -112,6 +113,7 @@ def load_model(
     record: RunRecord | None = None,
     earlier: Strategy | None = None,
     trial: Trial | None = None,
+    begun: Path | None = None,
 ) -> tuple[QLoRAModel, ModelLoaded]:
     """Quantize the base as it is read and attach a fresh adapter.
 
@@ -119,16 +121,20 @@ def load_model(
     also keep their weights dequantized; ``embedding_on_host`` keeps the embedding in main memory,
     if it is not the head as well. With a ``record`` the model is to be trained: on a GPU its
     layers are fused if they can be, and the record hears how that was decided; ``earlier`` says
-    with which kernels the run began, and ``trial`` which of them work here.
+    with which kernels the run began, and ``trial`` which of them work here. ``begun`` is the folder
+    of the run if its adapter has been trained already and is put in next: how it started is then
+    read and not made again.
     """
     compute_dtype = DTYPES[str(recipe.precision)]
     rest_dtype = torch.float32 if recipe.quantization.upcast_rest else compute_dtype
+    start = low_rank_start(recipe, source, begun)
     loaded = load_base(
         source,
         quantization=recipe.quantization,
         device=device.kind,
         compute_dtype=compute_dtype,
         rest_dtype=rest_dtype,
+        hook=start,
     )
     if embedding_on_host:
         embedding_to_host(loaded.model)
@@ -147,6 +153,7 @@ def load_model(
         use_rslora=recipe.lora.use_rslora,
         use_dora=recipe.lora.use_dora,
         init=recipe.lora.init,
+        start=None if start is None else start.pairs,
         seed=recipe.seed,
     )
     for parameter in loaded.model.parameters():

@@ -24,6 +24,7 @@ from halfbyte.events.types import (
 from halfbyte.loop.steps import run_steps
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
+from halfbyte.run.adapter_start import save_start
 from halfbyte.run.ahead import import_ahead, key_ahead
 from halfbyte.run.allocator import spare_memory
 from halfbyte.run.assembly import DECIDED_ANEW, Assembly, assemble, with_max_steps
@@ -129,6 +130,8 @@ def train(
                 (folder / "recipe.asked.yaml").write_text(text, encoding="utf-8")
             if assembly.earlier is None:
                 strategy(assembly, trainer).write(folder)
+            if resumed is None:
+                save_start(folder, assembly, trainer.model)
             record.open(folder)
             point_latest(folder, runs)
             return _run(assembly, trainer, record, folder, began, resumed)
@@ -170,6 +173,7 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
             record=record,
             earlier=assembly.earlier,
             trial=trial,
+            begun=None if resumed is None else resumed.folder,
         )
     record(loaded)
     trainer = make_trainer(assembly, model)

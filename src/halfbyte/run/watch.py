@@ -48,9 +48,11 @@ class Watch:
         self._energy = EnergyMeter(assembly.device.kind)
 
     def evaluate_start(self) -> None:
-        """Held-out loss of the quantized base: the adapter adds nothing before step 1."""
+        """Held-out loss of the quantized base: the adapter adds nothing before step 1, or nothing
+        that the base lacks; only LoftQ's has to be switched off for it."""
         if self.assembly.data.held_out:
-            self._measure(0, "quantized base")
+            with self.trainer.model.adapter_on(self.assembly.recipe.lora.init != "loftq"):
+                self._measure(0, "quantized base")
 
     def go_on_from(self, state: CheckpointState, best: dict[str, Tensor] | None) -> None:
         """Remember what an earlier process knew at the checkpoint of ``state``."""
