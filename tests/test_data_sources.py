@@ -354,3 +354,134 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "damaged or cut off" in refused(tmp_path / "rows.jsonl.gz")
     (tmp_path / "rows.csv.gz").write_bytes(b"a,b\n1,2\n")
     assert "cannot be read" in refused(tmp_path / "rows.csv.gz")
+
+
+# ---- Zstandard, Arrow, several files ------------------------------------------------------------
+
+
+def zst(data: bytes) -> bytes:
+    """``data`` packed by Arrow's Zstandard, as a frame."""
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def test_zstandard(tmp_path: Path) -> None:
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in ROWS]
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(zst(lines[0] + lines[1][:9]) + zst(lines[1][9:] + lines[2]))  # two frames
+    assert read(path).rows == ROWS
+    assert read(path, 1).rows == ROWS[:1]
+    assert read(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    path = tmp_path / "rows.csv.zst"
+    path.write_bytes(zst(csv_text(ROWS, delimiter=";").encode("utf-16")))
+    assert read(path).rows == ROWS
+    path = tmp_path / "rows.json.zst"
+    whole = zst(json.dumps(ROWS * 500).encode())
+    path.write_bytes(whole)
+    assert read(path).rows == ROWS * 500
+    for damaged in (whole[:-9], whole[:40] + bytes(9) + whole[49:], b"[]"):
+        path.write_bytes(damaged)
+        assert "is damaged or cut off, or is not Zstandard" in refused(path)
+
+
+def test_arrow_files_and_streams(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.feather
+
+    whole = pyarrow.Table.from_pylist(ROWS)
+    halves = [whole.slice(0, 2).to_batches()[0], whole.slice(2).to_batches()[0]]
+    for name, writer in (("a.arrow", pyarrow.ipc.new_file), ("b.arrow", pyarrow.ipc.new_stream)):
+        with writer(tmp_path / name, whole.schema) as file:
+            for half in halves:
+                file.write_batch(half)
+    pyarrow.feather.write_feather(whole, tmp_path / "c.feather")
+    for path in sorted(tmp_path.iterdir()):
+        table = read(path)
+        assert (table.rows, table.columns) == (ROWS, ["instruction", "input", "output"])
+        assert table.typed
+        assert [read(path, n).rows for n in (1, 2)] == [ROWS[:1], ROWS[:2]]
+        path.write_bytes(path.read_bytes()[:60])
+        assert "cannot be read as Arrow" in refused(path)
+
+
+def test_several_files_by_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "more").mkdir()
+    (tmp_path / "2.jsonl").write_text(json.dumps({"output": "second", "rank": 2}) + "\n")
+    (tmp_path / "10.jsonl").write_text(json.dumps({"output": "tenth"}) + "\n")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"input": "x"}]), tmp_path / "more" / "3.parquet"
+    )
+    table = read(tmp_path / "*.jsonl")
+    assert table.rows == [{"output": "tenth"}, {"output": "second", "rank": 2}]  # by their names
+    assert table.columns == ["output", "rank"]
+    assert table.files == [(0, str(tmp_path / "10.jsonl")), (1, str(tmp_path / "2.jsonl"))]
+    assert not table.typed
+    digests = [hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in table_names(table)]
+    lines = "".join(f"{digest}\n" for digest in digests)
+    assert table.sha256 == hashlib.sha256(lines.encode()).hexdigest()
+    assert read(tmp_path / "*.jsonl", 1).rows == [{"output": "tenth"}]
+    every = read(tmp_path / "**" / "*.*")
+    assert every.columns == ["output", "rank", "input"]
+    assert every.typed
+    monkeypatch.chdir(tmp_path)
+    assert read("[2-3].jsonl").rows == [{"output": "second", "rank": 2}]
+    # A file that has such characters in its own name is that file.
+    (tmp_path / "[2-3].jsonl").write_text(json.dumps({"output": "itself"}) + "\n")
+    assert read("[2-3].jsonl").rows == [{"output": "itself"}]
+    assert refused(tmp_path / "*.csv").startswith(f"no file matches {tmp_path / '*.csv'};")
+    (tmp_path / "notes.txt").touch()
+    assert "notes.txt is of no kind that is read here" in refused(tmp_path / "*.txt")
+
+
+def table_names(table: Table) -> list[str]:
+    return [Path(path).name for _, path in table.files]
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {
+                "question": st.text(st.characters(codec="utf-8", exclude_characters="\r\x00")),
+                "answer": st.sampled_from(["yes", "no; never", 'he said "one",\nthen left']),
+                "turns": st.lists(st.sampled_from(["a", "é"]), min_size=1, max_size=2),
+            }
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_rows_are_those_that_datasets_reads(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """Each kind of file against the reader of `datasets`, without its cache."""
+    from datasets import Dataset
+
+    whole = Dataset.from_list(rows)
+    flat = whole.remove_columns("turns")
+    whole.to_json(tmp_path / "rows.jsonl", force_ascii=False)
+    whole.to_parquet(tmp_path / "rows.parquet")
+    flat.to_csv(tmp_path / "rows.csv", index=False)
+    readers = {
+        "rows.jsonl": Dataset.from_json,
+        "rows.parquet": Dataset.from_parquet,
+        "rows.csv": Dataset.from_csv,
+    }
+    for name, reader in readers.items():
+        if name == "rows.csv" and not all(row["question"].strip("\n") for row in rows):
+            continue  # which pandas reads as nothing
+        cache = tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"
+        theirs = reader(str(tmp_path / name), cache_dir=str(cache), keep_in_memory=True).to_list()
+        texts = name != "rows.csv" or all(isinstance(row["question"], str) for row in theirs)
+        if texts:  # pandas takes cells for numbers, dates, or nothing
+            assert read(tmp_path / name).rows == theirs
+    whole.save_to_disk(tmp_path / "saved")
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    assert read(arrow).rows == whole.to_list() == rows

@@ -100,8 +100,11 @@ def _show(display: Display, asked: Recipe, effective: Recipe, events: Sequence[E
     table.add_column(overflow="fold", style="dim")
     section = ""
     for key in settings():
-        value = visible(value_text(get(effective, key)))
-        reason = visible(_reason(asked, key, chosen.get(key)))
+        value, choice = get(effective, key), chosen.get(key)
+        if choice is not None and value in (None, "auto"):
+            value = choice.value  # such as a column, which a recipe leaves open
+        value = visible(value_text(value))
+        reason = visible(_reason(asked, key, choice))
         if not display.live:
             display.line(f"{key} = {' ⏎ '.join(value.splitlines())}  ({reason})")
             continue

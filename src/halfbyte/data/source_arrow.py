@@ -1,4 +1,4 @@
-"""Arrow files: the stream and the file of its IPC format, and Feather."""
+"""Arrow files: the stream and the file of its IPC format; the latter is also called Feather."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ def read_arrow(path: Path, limit: int | None) -> Table:
     `datasets` writes streams, most other programs files; which one it is shows in the first bytes.
     """
     import pyarrow
-    import pyarrow.feather
 
     rows: list[Cells] = []
     try:
         with pyarrow.memory_map(str(path)) as source:
             magic = source.read(6)
             source.seek(0)
-            if magic[:4] == b"FEA1":  # Feather before it was Arrow's own format
-                table = pyarrow.feather.read_table(path)
-                columns, batches = table.column_names, iter(table.to_batches())
-            else:
-                columns, batches = _batches(pyarrow, source, magic == b"ARROW1")
+            columns, batches = _batches(pyarrow, source, magic == b"ARROW1")
             for batch in batches:
                 if limit is not None and len(rows) + batch.num_rows > limit:
                     batch = batch.slice(0, limit - len(rows))

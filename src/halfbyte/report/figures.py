@@ -139,8 +139,11 @@ def setting(value: Any) -> str:
     if isinstance(value, dict):  # one of a list of groups, such as a filter
         said = [f"{name}: {setting(v)}" for name, v in value.items() if v is not None]
         return f"{{{', '.join(said)}}}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {setting(v)}" for key, v in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(setting(v) for v in value) or "none"
+        groups = any(isinstance(v, dict) for v in value)
+        return ("; " if groups else ", ").join(setting(v) for v in value) or "none"
     return str(value).replace("\n", "\\n")
 
 

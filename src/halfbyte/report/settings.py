@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.events.types import Choice
+from halfbyte.recipe.settings import get, item_sections
 from halfbyte.recipe.settings import settings as known_settings
 from halfbyte.report import figures
 from halfbyte.report.story import Story, flatten
@@ -29,6 +30,9 @@ class Setting:
 def settings(story: Story) -> list[Setting]:
     """Every setting of the recipe in its order, then what was decided beside it."""
     effective = flatten(story.recipe.model_dump())
+    for key in filter(item_sections, effective):  # groups in a list, as they were stated
+        groups = get(story.recipe, key)
+        effective[key] = [group.model_dump(exclude_defaults=True) for group in groups]
     typed = _typed(story)
     rows = [
         Setting(

@@ -51,8 +51,8 @@ def with_system(messages: list[Message], system: str) -> list[Message]:
         if messages[0].content.strip() == system.strip():
             return messages
         raise Unreadable(
-            "the row has a system message in a column of its own and another one as its first "
-            "message; leave one of them out, or name no column in data.columns.system."
+            "there is a system message in a column of its own and another one as the first "
+            "message; leave one of the two out."
         )
     return [Message("system", system), *messages]
 

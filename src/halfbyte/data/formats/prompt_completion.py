@@ -93,9 +93,13 @@ class PromptCompletions:
         return [*with_learn(before, False), *with_learn(following, True)]
 
     def _shared(self, cells: Cells, chosen: list[Message], typed: bool) -> list[Message]:
-        """The messages in which the two conversations of a preference are equal."""
+        """The messages in which the two conversations of a preference are equal.
+
+        The last one of the shorter is never among them: there is something to prefer.
+        """
         if self.rejected is None:
             return []
         rejected = read_messages(cells.get(self.rejected), self.rejected, typed=typed)
-        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-        return [message for message, _ in pairs]
+        pairs = zip(chosen, rejected, range(len(rejected) - 1), strict=False)
+        common = takewhile(lambda pair: pair[0] == pair[1], list(pairs)[: len(chosen) - 1])
+        return [message for message, *_ in common]

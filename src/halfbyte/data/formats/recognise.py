@@ -30,7 +30,7 @@ from halfbyte.data.formats.instruction import Instructions
 from halfbyte.data.formats.jinja_rows import JinjaRows
 from halfbyte.data.formats.messages import looks_like_messages, speaks_sharegpt
 from halfbyte.data.formats.prompt_completion import PromptCompletions
-from halfbyte.data.formats.text import Texts, rendered_marks
+from halfbyte.data.formats.text import Texts
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import SourceRecipe
@@ -324,25 +324,21 @@ class _Look:
         return label if any(isinstance(row.get(label), bool) for row in self.rows) else None
 
     def warnings(self, format: Format) -> tuple[str, ...]:
-        """What about the rows of a format that was guessed the user may not expect."""
-        roles = format.by_role()
-        column = roles.get("text") or roles.get("instruction") or roles.get("input")
+        """What about texts that were guessed to be such the user may not expect."""
+        column = format.by_role().get("text")
         if column is None:
             return ()
-        marks = rendered_marks([cell for r in self.rows if isinstance(cell := r.get(column), str)])
-        if marks is None:
+        from halfbyte.data.audit.template_match import family_of  # which imports PyTorch
+
+        texts = [cell for row in self.rows if isinstance(cell := row.get(column), str)]
+        families = [found[0] for text in texts if (found := family_of(text)) is not None]
+        if not families or 2 * len(families) < len(texts):
             return ()
-        if "text" in roles:
-            return (
-                f"{self.source.path}: the column {column} holds conversations that are rendered "
-                f"already ({marks}), and the loss is taken on all of a text, questions included; "
-                "give questions and answers in columns, or state data.format: text if it is meant "
-                "so.",
-            )
         return (
-            f"{self.source.path}: the column {column} holds questions in a frame of their own "
-            f"({marks}), and data.template puts another one around it; take the frame out of the "
-            "rows, or state data.template: '{instruction}{output}'.",
+            f"{self.source.path}: the column {column} holds conversations that are rendered "
+            f"already (in the format of {families[0]}), and the loss is taken on all of a text, "
+            "questions included; give questions and answers in columns, or state data.format: text "
+            "if it is meant so.",
         )
 
 
