@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -29,6 +30,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -185,6 +188,18 @@ FAMILIES: dict[str, FamilyCase] = {
             )
         )
     ),
+    "qwen 3 moe": FamilyCase(
+        lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **SHAPE,
+                head_dim=32,
+                moe_intermediate_size=64,
+                num_experts=6,
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
+            )
+        )
+    ),
     "olmo 2": FamilyCase(lambda: Olmo2ForCausalLM(Olmo2Config(**SHAPE))),
 }
 
@@ -206,6 +221,13 @@ def save_family(make: Callable[[], PreTrainedModel], tokenizer: Path, folder: Pa
     return folder
 
 
-def linear_layers(network: nn.Module) -> list[str]:
-    """Full names of the layers that PEFT adapts of ``network`` when it is told all-linear."""
-    return [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+def bitsandbytes_folder(original: Path, folder: Path, **settings: Any) -> Path:
+    """What ``save_pretrained`` makes of a model that transformers has loaded in 4 bits."""
+    wanted = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | settings
+    model = AutoModelForCausalLM.from_pretrained(
+        original, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**wanted)
+    )
+    model.save_pretrained(folder)
+    for path in original.glob("*token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder

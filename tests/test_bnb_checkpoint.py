@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("bitsandbytes")
 
 from bitsandbytes.functional import QuantState, quantize_4bit
 
-from family_case import FAMILIES, save_family
+from family_case import FAMILIES, bitsandbytes_folder, save_family
 from halfbyte import Recipe, train
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.batching import make_batch
@@ -28,6 +28,7 @@ from halfbyte.kernels.choice import PLAIN
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import LoadedBase, load_base
+from halfbyte.model.lora_init import LowRankStart
 from halfbyte.model.source import open_model
 from halfbyte.plan.memory import Setup, weight_bytes
 from halfbyte.plan.parameters import model_shape
@@ -39,18 +40,6 @@ from halfbyte.recipe.schema import ModelRecipe, QuantizationRecipe
 ASKED = {
     double: QuantizationRecipe(block_size=256, double_quant=not double) for double in (True, False)
 }
-
-
-def bitsandbytes_folder(original: Path, folder: Path, **settings: Any) -> Path:
-    """What ``save_pretrained`` makes of a model that transformers has loaded in 4 bits."""
-    wanted = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | settings
-    model = AutoModelForCausalLM.from_pretrained(
-        original, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**wanted)
-    )
-    model.save_pretrained(folder)
-    for path in original.glob("*token*"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -199,6 +188,23 @@ def test_a_run_tells_what_the_checkpoint_decides(
     (model,) = [e for e in events if isinstance(e, ModelLoaded)]
     assert model.quantized_modules == 14
     assert (run.folder / "report.pdf").exists() or (run.folder / "report.html").exists()
+
+
+def test_an_adapter_that_starts_at_the_original_weights_is_refused(
+    original: Path, tmp_path: Path
+) -> None:
+    source = open_model(
+        ModelRecipe(name=str(bitsandbytes_folder(original, tmp_path, **FORMS["single"])))
+    )
+    with pytest.raises(ModelError, match="in 4 bits already"):
+        load_base(
+            source,
+            quantization=QuantizationRecipe(),
+            device="cpu",
+            compute_dtype=torch.float32,
+            rest_dtype=torch.float32,
+            hook=LowRankStart("pissa", {}, {}, 0),
+        )
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

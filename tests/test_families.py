@@ -73,7 +73,9 @@ def reference(folder: Path, model: QLoRAModel, *, alone: bool) -> tuple[Tensor, 
 
     In fp32: transformers' mask of a row that sees nothing but padding is NaN in fp64.
     """
-    peft = double_model(folder, CASE, model).float()
+    # Told all-linear, PEFT adapts a mixture's experts and router too.
+    targets = sorted({name.rpartition(".")[2] for name in model.lora})
+    peft = double_model(folder, CASE, model, targets).float()
     total = torch.zeros(())
     for rows in [[row] for row in rows_of()] if alone else [rows_of()]:
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)

@@ -13,20 +13,29 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.model.causal import QLoRAModel
+from halfbyte.model.experts import NF4Experts
 from oracle.case import Case, Trace, adapter_parameters
 from oracle.ours import load, tokenized
 
 
-def double_model(folder: Path, case: Case, model: QLoRAModel) -> Any:
+def double_model(
+    folder: Path, case: Case, model: QLoRAModel, targets: str | list[str] = "all-linear"
+) -> Any:
     """A PEFT model in fp64 with the weights that ``model`` computes with."""
     network = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager"
     )
     for name, layer in model.linears.items():
         network.get_submodule(name).weight.data = layer.weight_dense().double()
+    for name, module in model.network.named_modules():
+        if isinstance(module, NF4Experts):
+            for leaf, matrices in module.matrices.items():
+                whole = network.get_submodule(name).get_parameter(leaf).data
+                for expert in range(len(matrices)):
+                    whole[expert] = module.weight(leaf, expert).double()
     peft = get_peft_model(
         network,
-        LoraConfig(r=case.r, lora_alpha=case.lora_alpha, target_modules="all-linear"),
+        LoraConfig(r=case.r, lora_alpha=case.lora_alpha, target_modules=targets),
         autocast_adapter_dtype=False,
     )
     for name, parameter in adapter_parameters(peft).items():

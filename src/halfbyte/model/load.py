@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
+from halfbyte.model.experts import DOWN, UP, NF4Experts, expert_name, find_experts
 from halfbyte.model.free_memory import release_free_memory
 from halfbyte.model.lora_init import QuantizeHook
 from halfbyte.model.narrow import can_be_narrow, make_narrow
@@ -28,7 +30,10 @@ _RELEASE_EVERY = 32 << 20  # bytes of 16-bit weights
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A transformers causal LM whose linear layers, the head excepted, are ``QLoRALinear``."""
+    """A transformers causal LM whose linear layers, the head excepted, are ``QLoRALinear``.
+
+    The experts of a mixture are ``NF4Experts``.
+    """
 
     model: Any
     parameters: int  # frozen, in the shapes before packing, tied ones once
@@ -61,12 +66,27 @@ def load_base(
 
     Raises ModelError for tensors that are missing, too many, or of a wrong shape or type.
     """
+    if hook is not None and source.stored_nf4 is not None:
+        raise ModelError(
+            f"the weights of {source.name} are in 4 bits already, and what lora.init makes of the "
+            "original ones cannot be made: leave it out, or name the model's original."
+        )
     model = build_skeleton(source.config, source.name)
     linears = quantized_linears(model)
     _untie_what_differs(model, source)
     _require_complete(model, source)
     parameters = sum(p.numel() for p in model.parameters())
     before = after = left_out = quantized = unreleased = 0
+    for name, module in find_experts(model).items():
+        experts = _load_experts(source, name, module, quantization, device, compute_dtype)
+        for matrix in experts.all_matrices:
+            if isinstance(matrix, NF4Weight):
+                before, after = before + 2 * math.prod(matrix.shape), after + matrix.nbytes
+                quantized += 1
+            else:
+                left_out += matrix.nbytes
+        model.set_submodule(name, experts.eval())
+        release_free_memory()
     for name, linear, memory in _with_memory(linears, source, quantization, device):
         base: NF4Weight | DenseWeight
         if memory is None:
@@ -97,6 +117,31 @@ def load_base(
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     other = left_out + sum(kept.values())
     return LoadedBase(model, parameters, before, after, other, quantized)
+
+
+def _load_experts(
+    source: ModelSource,
+    name: str,
+    module: Any,
+    quantization: QuantizationRecipe,
+    device: str,
+    compute_dtype: torch.dtype,
+) -> NF4Experts:
+    """Each expert's matrices quantized by themselves; bitsandbytes leaves them as they are."""
+    matrices: dict[str, list[NF4Weight | DenseWeight]] = {UP: [], DOWN: []}
+    for leaf, found in matrices.items():
+        expected = module.get_parameter(leaf)
+        memory = None
+        if source.stored_nf4 is None:
+            sizes = [one.numel() for one in expected]
+            memory = NF4Memory(sizes, quantization.block_size, quantization.double_quant, device)
+        for number, one in enumerate(expected):
+            full = expert_name(f"{name}.{leaf}", number)
+            if memory is None:
+                found.append(DenseWeight(_read(source, full, one, compute_dtype).to(device)))
+            else:
+                found.append(_quantized(source, full, one, memory, quantization, device))
+    return NF4Experts(matrices[UP], matrices[DOWN], module._apply_gate, compute_dtype)
 
 
 def _with_memory(

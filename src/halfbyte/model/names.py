@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,6 +32,42 @@ def parameter_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
         name, _ = rename_source_key(key, renamings, [], prefix, own)
         found.setdefault(name, key)
     return found
+
+
+def expert_keys(model: Any, keys: Iterable[str]) -> dict[str, dict[int, list[str]]]:
+    """Parameters of ``model`` that hold all experts of a layer, where a checkpoint has each apart.
+
+    Of each expert by its number it gives, in their order, the keys whose matrices lie one upon
+    another in the parameter (the gate's above the other factor's). transformers' own table says
+    which they are; what it does otherwise than stack and join them is left alone.
+    """
+    keys = list(keys)
+    own = model.state_dict()
+    if all(key in own for key in keys):
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    table = get_model_conversion_mapping(model)
+    renamings = [r for r in table if isinstance(r, WeightRenaming)]
+    converters = [c for c in table if isinstance(c, WeightConverter)]
+    patterns = {p: n for c in converters if _stacks(c) for n, p in enumerate(c.source_patterns)}
+    found: dict[str, dict[int, dict[int, str]]] = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if pattern in patterns and name in own:
+            expert = int(re.findall(r"\.(\d+)\.", key)[-1])
+            found.setdefault(name, {}).setdefault(expert, {})[patterns[pattern]] = key
+    return {
+        name: {expert: [parts[n] for n in sorted(parts)] for expert, parts in experts.items()}
+        for name, experts in found.items()
+    }
+
+
+def _stacks(converter: Any) -> bool:
+    """Whether it joins the matrices of an expert, if there are several, and stacks all experts'."""
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    return steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)])
 
 
 def gguf_parameter_names(model: Any, architecture: str, keys: Iterable[str]) -> dict[str, str]:

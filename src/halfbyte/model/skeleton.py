@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from halfbyte.errors import ModelError
+from halfbyte.model.experts import find_experts
 from halfbyte.model.wording import reason
 
 
@@ -15,7 +16,7 @@ def build_skeleton(config: Any, name: str) -> Any:
     """The transformers causal LM of ``config``, every tensor on the meta device.
 
     Raises ModelError where the configuration contradicts itself, or where the model is not made of
-    linear layers, embeddings and vectors alone.
+    linear layers, embeddings, vectors and experts of the usual kind alone.
     """
     from transformers import AutoModelForCausalLM
 
@@ -69,12 +70,13 @@ def make_buffers(model: Any, device: str) -> None:
 
 
 def _require_linear(model: Any, name: str) -> None:
-    odd = [n for n, p in model.named_parameters() if p.dim() > 2]
+    known = {id(p) for experts in find_experts(model).values() for p in experts.parameters()}
+    odd = [n for n, p in model.named_parameters() if p.dim() > 2 and id(p) not in known]
     if odd:
         raise ModelError(
-            f"{name} ({type(model).__name__}) has weights that are neither linear layers nor "
-            f"embeddings ({odd[0]}), as mixtures of experts and convolutions have; halfbyte does "
-            "not train such models yet."
+            f"{name} ({type(model).__name__}) has weights that are neither linear layers, "
+            f"embeddings nor experts of the usual kind ({odd[0]}), as convolutions and experts "
+            "with biases are; halfbyte does not train such models."
         )
     if not quantized_linears(model):
         raise ModelError(

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from halfbyte.errors import ModelError
 from halfbyte.model.bnb_checkpoint import BnbCheckpoint, StoredNF4
+from halfbyte.model.experts import expert_name
 from halfbyte.model.folder import read_config, read_licence
 from halfbyte.model.hub import find_hub_model, looks_like_hub_name
+from halfbyte.model.names import expert_keys
 from halfbyte.model.package import PREFIX, package_gguf
 from halfbyte.model.safetensors_files import SafetensorsFiles
 from halfbyte.model.skeleton import build_skeleton
@@ -49,22 +51,52 @@ class ModelSource:
     checkpoint: Checkpoint
 
     @cached_property
+    def _skeleton(self) -> Any:
+        return build_skeleton(self.config, self.name)
+
+    @cached_property
+    def _experts(self) -> dict[str, dict[int, list[str]]]:
+        """Parameter of all experts in transformers: of each, its parts in the checkpoint."""
+        return expert_keys(self._skeleton, self.checkpoint.names())
+
+    @cached_property
     def _names(self) -> dict[str, str]:
-        """Parameter name in transformers: name in the checkpoint."""
-        return self.checkpoint.parameter_names(build_skeleton(self.config, self.name))
+        """Parameter name in transformers: name in the checkpoint, but for experts."""
+        taken = {
+            key for experts in self._experts.values() for keys in experts.values() for key in keys
+        }
+        names = self.checkpoint.parameter_names(self._skeleton)
+        return {name: key for name, key in names.items() if key not in taken}
 
     def names(self) -> list[str]:
         """The original tensors by their transformers parameter names."""
-        return list(self._names)
+        return [*self._names, *self._experts]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An original tensor by its transformers parameter name, on the CPU.
 
         With ``dtype`` it is a copy in that type. Without, it is as stored (from GGUF dequantized
         to fp32), and its memory may be the file's own pages: copy it before changing or keeping
-        it. Raises KeyError for a name that is none of ``names()``, ModelError for a damaged file.
+        it. ``name[e]`` is the matrix of one expert in a parameter of all. Raises KeyError for a
+        name that is none of ``names()``, ModelError for a damaged file.
         """
-        return self.checkpoint.read(self._names[name], dtype)
+        if name in self._names:
+            return self.checkpoint.read(self._names[name], dtype)
+        import torch
+
+        parameter, _, number = name.removesuffix("]").partition("[")
+        if not number:
+            experts = sorted(self._experts[parameter])
+            return torch.stack([self.read(expert_name(name, e), dtype) for e in experts])
+        if parameter in self._names:
+            return self.read(parameter, dtype)[int(number)]
+        keys = self._experts[parameter].get(int(number))
+        if keys is None:
+            raise ModelError(
+                f"the weights of {self.name} lack expert {number} of {parameter}: they are not all "
+                "of this model's."
+            )
+        return torch.cat([self.checkpoint.read(key, dtype) for key in keys])
 
     @cached_property
     def stored_nf4(self) -> StoredNF4 | None:

@@ -21,6 +21,9 @@ again:
   adapter's inner product, c·r; with DoRA also its output before the magnitudes. A layer without
   an adapter keeps nothing.
 
+- experts keep 3·c·I of the tokens that are sent to each, filled up to whole products, and e·H of
+  what each choice gives.
+
 With checkpointing each layer keeps its input, e·H a token, and one layer at a time all of it.
 
 *The loss* keeps its gradient in the last hidden states, 2·c·H for each labelled token, and works
@@ -36,8 +39,9 @@ from dataclasses import dataclass, field
 
 from halfbyte.kernels.loss import CHUNK_BYTES
 from halfbyte.kernels.nf4 import SCALES_PER_BLOCK
+from halfbyte.model.experts import TILE
 from halfbyte.model.lora_targets import Targets
-from halfbyte.plan.parameters import ModelShape
+from halfbyte.plan.parameters import ExpertShape, ModelShape
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -124,6 +128,8 @@ def step_memory(
     copy = setup.compute * shape.linear if keep_copy else 0
     widest = max(shape.intermediate, shape.hidden, shape.heads * shape.head_dim)
     dequantized = 0 if keep_copy else (setup.compute + 8) * shape.largest_linear
+    # A token's copies for its experts, what they give, and the gradients of one of the two.
+    sent = max((layer.chosen * layer.hidden for layer in shape.experts), default=0) * tokens
     return StepMemory(
         weights=weight_bytes(shape, setup),
         copy=copy,
@@ -131,7 +137,10 @@ def step_memory(
         optimizer=optimizer_bytes(shape, setup),
         activations=activation_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing),
         loss=loss_bytes(shape, setup, labels=tokens),
-        working=head_copy(shape, setup) + dequantized + 4 * setup.compute * widest * tokens,
+        working=head_copy(shape, setup)
+        + dequantized
+        + 4 * setup.compute * widest * tokens
+        + 3 * setup.rest * sent,
     )
 
 
@@ -153,7 +162,22 @@ def weight_bytes(shape: ModelShape, setup: Setup) -> int:
         for name, (rows, columns) in shape.linears.items()
     )
     narrow = shape.ends if has_narrow_ends(shape, setup) else 0
-    return linears + setup.rest * (shape.rest - narrow) + setup.compute * narrow
+    return (
+        linears
+        + _expert_bytes(shape, setup)
+        + setup.rest * (shape.rest - narrow)
+        + setup.compute * narrow
+    )
+
+
+def _expert_bytes(shape: ModelShape, setup: Setup) -> int:
+    if shape.experts_left_out:
+        return setup.compute * shape.in_experts
+    return sum(
+        layer.count * nf4_bytes(elements, setup.block_size, setup.double_quant)
+        for layer in shape.experts
+        for elements in layer.matrices
+    )
 
 
 def has_narrow_ends(shape: ModelShape, setup: Setup) -> bool:
@@ -184,15 +208,27 @@ def kept_per_token(shape: ModelShape, setup: Setup) -> int:
     c = setup.compute
     q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = c * (2 * q + 2 * k) + 4 * shape.heads
-    mlp = 3 * c * shape.intermediate
-    return 4 * shape.norm_width + shape.layers * (attention + mlp) + _adapted_inputs(shape, setup)
+    mlps = 3 * c * shape.mlp_width
+    norms = 4 * shape.norm_width
+    return norms + shape.layers * attention + mlps + _adapted_inputs(shape, setup)
 
 
 def kept_bytes(shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool) -> int:
     """What a forward pass over ``tokens`` tokens keeps for its backward pass, the loss apart."""
     stream = setup.rest * shape.hidden
-    layers = shape.layers * stream if checkpointing else kept_per_token(shape, setup)
-    return tokens * (layers + stream)  # and the last hidden states
+    if checkpointing:
+        return tokens * (shape.layers + 1) * stream  # and the last hidden states
+    experts = sum(_kept_by_experts(layer, setup, tokens) for layer in shape.experts)
+    return tokens * (kept_per_token(shape, setup) + stream) + experts
+
+
+def _kept_by_experts(layer: ExpertShape, setup: Setup, tokens: int) -> int:
+    """What the experts of a layer keep: their share of tokens is filled up to whole products."""
+    sent = layer.chosen * tokens
+    filled = sent + min(layer.count, sent) * TILE // 2
+    # Both factors and the activation; the outcome of each choice, and where it came from.
+    outcomes = (setup.rest * layer.hidden + 3 * 8) * sent
+    return 3 * setup.compute * layer.intermediate * filled + outcomes + 4 * layer.count * tokens
 
 
 def activation_bytes(shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool) -> int:
@@ -200,6 +236,8 @@ def activation_bytes(shape: ModelShape, setup: Setup, *, tokens: int, checkpoint
     kept = kept_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing)
     if checkpointing:
         kept += tokens * kept_per_token(shape, setup) // shape.layers
+        experts = [_kept_by_experts(layer, setup, tokens) for layer in shape.experts]
+        kept += max(experts, default=0)
     return kept
 
 

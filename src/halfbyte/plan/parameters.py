@@ -7,12 +7,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.model.bnb_checkpoint import StoredNF4
+from halfbyte.model.experts import DOWN, find_experts
 from halfbyte.model.fusable import NOT_ALL_IN_NF4, why_not_fused
 from halfbyte.model.lora_targets import Targets, adapter_ranks, choose_targets
 from halfbyte.model.narrow import can_be_narrow
 from halfbyte.model.skeleton import build_skeleton, quantized_linears
 
 _STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The experts of one layer: ``count`` of them, of which each token is sent to ``chosen``.
+
+    Each has [2 · ``intermediate``, ``hidden``] and [``hidden``, ``intermediate``].
+    """
+
+    count: int
+    chosen: int
+    intermediate: int
+    hidden: int
+
+    @property
+    def matrices(self) -> tuple[int, int]:
+        """Parameters of the two matrices of one expert."""
+        return 2 * self.intermediate * self.hidden, self.intermediate * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.count * sum(self.matrices)
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,8 @@ class ModelShape:
     stored: str | None  # the type that the weights are said to be stored in: "bf16", "fp16", "fp32"
     not_fused: str | None  # why its layers cannot be fused, or None
     left_out: frozenset[str] = frozenset()  # of ``linears``, those kept in 16 bits
+    experts: tuple[ExpertShape, ...] = ()  # of each layer that has some
+    experts_left_out: bool = False  # whether those too are kept in 16 bits
 
     @property
     def linear(self) -> int:
@@ -49,8 +74,24 @@ class ModelShape:
         return sum(rows * columns for rows, columns in self.linears.values())
 
     @property
+    def in_experts(self) -> int:
+        """Parameters of all experts."""
+        return sum(layer.parameters for layer in self.experts)
+
+    @property
     def frozen(self) -> int:
-        return self.linear + self.rest
+        return self.linear + self.in_experts + self.rest
+
+    @property
+    def mlp_width(self) -> int:
+        """Elements of one factor of all gated MLPs together, experts apart."""
+        halves = {"up_proj": 1, "gate_up_proj": 2}
+        widths = [
+            rows // halves[leaf]
+            for name, (rows, _) in self.linears.items()
+            if (leaf := name.rpartition(".")[2]) in halves
+        ]
+        return sum(widths) or self.intermediate * (self.layers - len(self.experts))
 
     @property
     def largest_linear(self) -> int:
@@ -91,8 +132,10 @@ def model_shape(
     model = build_skeleton(config, name)
     linears = quantized_linears(model)
     parameters = {id(p): p.numel() for p in model.parameters()}
-    in_linears = sum(linear.weight.numel() for linear in linears.values())
     text = model.config.get_text_config()
+    experts = _expert_shapes(model, int(getattr(text, "num_experts_per_tok", None) or 1))
+    elsewhere = sum(linear.weight.numel() for linear in linears.values())
+    elsewhere += sum(layer.parameters for layer in experts)
     head = model.get_output_embeddings()
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
@@ -102,7 +145,7 @@ def model_shape(
     ends = [model.get_submodule(end).weight for end in can_be_narrow(model)]
     return ModelShape(
         linears={n: (m.weight.shape[0], m.weight.shape[1]) for n, m in linears.items()},
-        rest=sum(parameters.values()) - in_linears,
+        rest=sum(parameters.values()) - elsewhere,
         head=0 if head is None else head.weight.numel(),
         ends=sum({id(weight): weight.numel() for weight in ends}.values()),
         layers=int(text.num_hidden_layers),
@@ -117,7 +160,14 @@ def model_shape(
         stored=_stored(config) or _stored(text),
         not_fused=why_not_fused(model) or (NOT_ALL_IN_NF4 if left_out else None),
         left_out=frozenset(left_out),
+        experts=experts,
+        experts_left_out=stored is not None,
     )
+
+
+def _expert_shapes(model: Any, chosen: int) -> tuple[ExpertShape, ...]:
+    shapes = [module.get_parameter(DOWN).shape for module in find_experts(model).values()]
+    return tuple(ExpertShape(count, chosen, width, hidden) for count, hidden, width in shapes)
 
 
 def _stored(config: Any) -> str | None:

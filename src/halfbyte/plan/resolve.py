@@ -32,7 +32,7 @@ from halfbyte.plan.reasons import (
     recompute_reason,
 )
 from halfbyte.plan.speed import device_speed, step_seconds
-from halfbyte.plan.stored import as_stored
+from halfbyte.plan.stored import about_experts, as_stored
 from halfbyte.plan.strategy import (
     PassSize,
     Way,
@@ -139,6 +139,7 @@ def resolve(
         decided.set(choice.key, choice.value, choice.reason)
     _put_data(decided, max_length, held_out, template)
     decided.tell_defaults()
+    decided.choices += about_experts(shape)
     decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora))
     decided.auto("training.learning_rate", lambda: defaults.learning_rate(shape.frozen))
     units = Units(rows, packs)

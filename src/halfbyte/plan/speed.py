@@ -89,12 +89,15 @@ def step_seconds(
     rounds = 2 + recomputed / shape.layers  # forward, (forward again,) backward
     if adapter is None:
         adapter = sum(setup.trained(shape))
-    products = 2 * rounds * shape.linear + (2 * rounds + 2) * adapter + 4 * shape.head
+    # Of its experts a token meets those that are chosen for it; all are dequantized.
+    met = sum(layer.chosen * sum(layer.matrices) for layer in shape.experts)
+    products = 2 * rounds * (shape.linear + met) + (2 * rounds + 2) * adapter + 4 * shape.head
     attention = (2 * rounds + 1) * shape.layers * shape.heads * shape.head_dim * row_tokens
     reached = speed.flops * tokens / (tokens + speed.half)
     seconds = tokens * (products + attention) / reached
     dequantized = (2 if setup.fused else rounds) * (1 - copied / shape.layers)
     seconds += dequantized * shape.linear / speed.dequantized
+    seconds += rounds * shape.in_experts / speed.dequantized
     operations, launch = _OPERATIONS, speed.launch
     if setup.fused:
         operations, launch = _FUSED_OPERATIONS, _GRAPH_LAUNCH

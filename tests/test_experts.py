@@ -1,0 +1,273 @@
+"""A mixture's experts in NF4: each against a slow reference, and what is counted of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
+
+pytest.importorskip("bitsandbytes")
+
+from bitsandbytes import functional
+
+from family_case import FAMILIES, SHAPE, bitsandbytes_folder, save_family
+from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.batching import make_batch
+from halfbyte.engine.saved import saved_bytes
+from halfbyte.errors import ModelError
+from halfbyte.evaluate.held_out import unquantized_loss
+from halfbyte.model.causal import QLoRAModel
+from halfbyte.model.experts import DOWN, UP, NF4Experts
+from halfbyte.model.load import LoadedBase, load_base
+from halfbyte.model.source import open_model
+from halfbyte.plan.memory import Setup, activation_bytes, kept_bytes, weight_bytes
+from halfbyte.plan.parameters import model_shape
+from halfbyte.plan.stored import about_experts
+from halfbyte.quant.dense import DenseWeight
+from halfbyte.recipe.schema import ModelRecipe, QuantizationRecipe
+from oracle.case import Case
+from oracle.ours import load
+
+MAKE = FAMILIES["qwen 3 moe"].make
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family(MAKE, tiny_model, tmp_path_factory.mktemp("experts"))
+
+
+def loaded(folder: Path, *, double: bool = True) -> LoadedBase:
+    return load_base(
+        open_model(ModelRecipe(name=str(folder))),
+        quantization=QuantizationRecipe(double_quant=double),
+        device="cpu",
+        compute_dtype=torch.float32,
+        rest_dtype=torch.float32,
+    )
+
+
+def mixtures(base: LoadedBase) -> dict[str, NF4Experts]:
+    return {n: m for n, m in base.model.named_modules() if isinstance(m, NF4Experts)}
+
+
+def rows(*lengths: int) -> list[TokenizedRow]:
+    random = np.random.default_rng(5)
+    return [
+        TokenizedRow(random.integers(3, 300, n).astype(np.int32), np.ones(n, dtype=bool), i)
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("apart", [True, False], ids=["experts apart", "experts stacked"])
+def test_each_expert_is_quantized_by_itself(
+    double: bool, apart: bool, folder: Path, tmp_path: Path
+) -> None:
+    """Bit for bit as bitsandbytes quantizes that expert's matrix, were it a linear layer."""
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    names = load_file(folder / "model.safetensors").keys()
+    assert sum(".mlp.experts." in name for name in names) == 2 * 6 * 3
+    where = folder
+    if not apart:
+        where = tmp_path
+        for path in folder.iterdir():
+            (where / path.name).write_bytes(path.read_bytes())
+        save_file(original.state_dict(), where / "model.safetensors")
+    base = loaded(where, double=double)
+    nbytes = 0
+    for name, module in mixtures(base).items():
+        for which, matrices in module.matrices.items():
+            for number, matrix in enumerate(matrices):
+                one = original.get_submodule(name).get_parameter(which).data[number]
+                codes, state = functional.quantize_4bit(
+                    one, blocksize=64, compress_statistics=double, quant_type="nf4"
+                )
+                assert torch.equal(matrix.codes, codes.view(-1))
+                assert torch.equal(matrix.absmax, state.absmax)
+                wanted = functional.dequantize_4bit(codes, state)
+                assert torch.equal(module.weight(which, number), wanted)
+                nbytes += matrix.nbytes
+    linears = [m for m in original.modules() if isinstance(m, torch.nn.Linear)]
+    assert base.quantized_modules == len(linears) - 1 + 2 * 6 * 2
+    assert base.parameters == original.num_parameters()
+    assert 0 < nbytes < base.bytes_after
+
+    shape = model_shape(original.config)
+    assert shape.frozen == original.num_parameters()
+    setup = Setup("fp32", True, 64, double, 4, "all-linear", "adamw")
+    rotary = sum(b.nbytes for n, b in base.model.named_buffers() if "inv_freq" in n)
+    assert weight_bytes(shape, setup) == base.bytes_after + base.bytes_other - rotary
+    (told,) = about_experts(shape)
+    assert told.value == "frozen in NF4, without adapters"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_they_compute_is_the_slow_reference(folder: Path, dtype: torch.dtype) -> None:
+    """Token by token and choice by choice in fp64, gradients to tokens and weights included."""
+    (module, *_) = mixtures(loaded(folder)).values()
+    module.compute_dtype = dtype
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 64, generator=generator).requires_grad_()
+    # Most go to one expert, some experts get none, and a token may meet one twice.
+    chosen = torch.randint(0, 3, (150, 2), generator=generator) * 2 % 5
+    chosen[:100, 0] = 4
+    weights = torch.rand(150, 2, generator=generator).requires_grad_()
+    upstream = torch.randn(150, 64, generator=generator)
+    out = module(x, chosen, weights)
+    found = (out, *torch.autograd.grad(out, (x, weights), upstream))
+    assert out.dtype == x.dtype
+
+    wide = x.detach().double().requires_grad_()
+    shares = weights.detach().double().requires_grad_()
+    lines = []
+    for t in range(150):
+        total = torch.zeros(64, dtype=torch.float64)
+        for choice in range(2):
+            number = int(chosen[t, choice])
+            up = module.matrices[UP][number].dequantize(torch.float32).double()
+            down = module.matrices[DOWN][number].dequantize(torch.float32).double()
+            gate, other = (up @ wide[t]).chunk(2)
+            total = total + shares[t, choice] * (down @ (torch.nn.functional.silu(gate) * other))
+        lines.append(total)
+    expected = torch.stack(lines)
+    wanted = (expected, *torch.autograd.grad(expected, (wide, shares), upstream.double()))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_the_loss_before_quantization_is_that_of_the_original_experts(folder: Path) -> None:
+    source = open_model(ModelRecipe(name=str(folder)))
+    model = load(folder, Case(r=4))
+    held_out = rows(30, 11)
+    found = unquantized_loss(model, held_out, source.read)
+    original = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    total, count = 0.0, 0
+    for row in held_out:
+        ids = torch.from_numpy(row.input_ids).long()
+        with torch.no_grad():
+            logits = original(input_ids=ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+    assert found.loss == pytest.approx(total / count, rel=1e-5)
+    with torch.no_grad():
+        quantized = model.loss_sum(make_batch(held_out)).item() / count
+    assert quantized != pytest.approx(found.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [(60, 90, 50), (700, 500)])
+def test_what_they_keep_is_estimated_within_a_quarter(
+    tokens: tuple[int, ...], folder: Path
+) -> None:
+    model = load(folder, Case(r=4))
+    shape = model_shape(open_model(ModelRecipe(name=str(folder))).config)
+    made = Setup("fp32", True, 64, True, 4, "all-linear", "adamw")
+    batch = make_batch([TokenizedRow(r.input_ids % 200, r.loss_mask, r.row) for r in rows(*tokens)])
+    for checkpointing in (False, True):
+        model.use_gradient_checkpointing(checkpointing)
+        counted = saved_bytes(model, batch)
+        estimate = kept_bytes(shape, made, tokens=batch.num_tokens, checkpointing=checkpointing)
+        assert 0.8 < estimate / counted < 1.25
+        peak = activation_bytes(shape, made, tokens=batch.num_tokens, checkpointing=checkpointing)
+        assert (peak > estimate) == checkpointing
+
+
+def test_bitsandbytes_leaves_them_in_16_bits(folder: Path, tmp_path: Path) -> None:
+    where = bitsandbytes_folder(folder, tmp_path, bnb_4bit_use_double_quant=True)
+    base = loaded(where)
+    theirs = load_file(where / "model.safetensors")
+    for name, module in mixtures(base).items():
+        for matrix in module.all_matrices:
+            assert isinstance(matrix, DenseWeight)
+        gate = theirs[f"{name}.3.gate_proj.weight"].float()
+        assert torch.equal(module.weight(UP, 3)[:64], gate)
+    source = open_model(ModelRecipe(name=str(where)))
+    shape = model_shape(source.config, "m", source.stored_nf4)
+    setup = Setup("fp32", True, 64, True, 4, "all-linear", "adamw")
+    rotary = sum(b.nbytes for n, b in base.model.named_buffers() if "inv_freq" in n)
+    assert weight_bytes(shape, setup) == base.bytes_after + base.bytes_other - rotary
+    (told,) = about_experts(shape)
+    assert told.value == "frozen in 16 bits, without adapters"
+
+
+def logits_of(model: QLoRAModel, ids: np.ndarray) -> Tensor:
+    with torch.no_grad():
+        return model.logits(make_batch([TokenizedRow(ids, np.zeros(len(ids), bool), 0)]))
+
+
+OTHERS = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2)),
+    "deepseek v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **SHAPE | {"num_key_value_heads": 4},
+            moe_intermediate_size=64,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=32,
+            kv_lora_rank=16,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=16,
+            v_head_dim=32,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_mixtures_of_the_same_form_load(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Shared experts, dense layers among them, other names in the checkpoint: as transformers."""
+    save_family(OTHERS[kind], tiny_model, tmp_path)
+    base = loaded(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    model = QLoRAModel(base.model, {}, torch.float32)
+    for name, layer in model.linears.items():
+        reference.get_submodule(name).weight.data = layer.weight_dense()
+    for name, module in mixtures(base).items():
+        for which, matrices in module.matrices.items():
+            for number in range(len(matrices)):
+                whole = reference.get_submodule(name).get_parameter(which).data
+                whole[number] = module.weight(which, number)
+    ids = rows(40)[0].input_ids
+    with torch.no_grad():
+        wanted = reference(input_ids=torch.from_numpy(ids).long()[None]).logits[0]
+    assert (logits_of(model, ids) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+def test_experts_of_another_form_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """GPT-OSS has biases, and stores its matrices the other way round."""
+    config = GptOssConfig(**SHAPE, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
+    save_family(lambda: GptOssForCausalLM(config), tiny_model, tmp_path)
+    with pytest.raises(ModelError, match="nor experts of the usual kind") as error:
+        loaded(tmp_path)
+    assert ". " not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["3.up_proj", "5.down_proj", "3"])
+def test_a_missing_expert_is_told(part: str, folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    there = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in there.items() if f"layers.1.mlp.experts.{part}." not in n}
+    assert len(kept) < len(there)
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lack expert|do not fit"):
+        loaded(tmp_path)
