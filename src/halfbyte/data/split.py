@@ -64,6 +64,8 @@ def read_split(data: DataRecipe) -> Rows:
     if follow and wanted is None and data.limit is not None:
         wanted = automatic_held_out(data.limit)
     spare = wanted + SPARE if follow and wanted else 0
+    if data.cleaning:  # which leaves a part of them, seldom less than a quarter
+        spare *= 4
     read = Rows(wanted=wanted)
     digests: list[str | None] = []
     for number, source in enumerate(data.all_sources):

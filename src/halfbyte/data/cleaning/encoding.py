@@ -17,9 +17,11 @@ NEEDS = (
 )
 
 # Bytes 0x80 to 0xBF, which go on a character of UTF-8, as Windows-1252 and Latin-1 show them.
-_QUOTES = "‘’‚“”„‹›«»…"
 _NEXT = "€ƒ†‡ˆ‰Š‹ŒŽ•–—˜™š›œžŸ‘’‚“”„…\x80-\xbf"
-_PLAIN_NEXT = "€ƒ†‡ˆ‰ŠŒŽ•˜™šœžŸ\x80-\xaa\xac-\xba\xbc-\xbf"  # none of _QUOTES
+# Those of them that do not close a quotation or a thought, as may follow a letter in sound text.
+_NO_END = "€ƒ†‡ˆ‰ŠŒŽ•–˜™šœžŸ‚„‹\x80-\xba\xbc-\xbf"
+_END = "‘’“”›»…—"
+_SMALL = "[a-zß-öø-ÿ]"
 _DAMAGED = re.compile(
     "\ufffd"
     # Control characters but tab, line feed, form feed and carriage return; code points that are no
@@ -27,8 +29,9 @@ _DAMAGED = re.compile(
     "|[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]"
     "|(?<!^)\ufeff"
     "|ï»¿|ï¿½"
-    # Two bytes: accented letters. A quote may follow an Ã or Â that ends a word in capitals.
-    f"|[ÂÃ](?:[{_PLAIN_NEXT}]|(?<![A-ZÀ-Þ].)[{_QUOTES}])"
+    # Two bytes: accented letters. A mark that closes something may follow such a capital in sound
+    # text, but no small letter stands right before the capital or after the mark.
+    f"|[ÂÃÄÅ][{_NO_END}]|(?<={_SMALL})[ÂÃÄÅ][{_END}]|[ÂÃÄÅ][{_END}](?={_SMALL})"
     # Other letters of two bytes, and those of three: one may be chance, two in a row are not.
     f"|(?:[Ä-ß][{_NEXT}]){{2}}|(?:[à-ï][{_NEXT}]{{2}}){{2}}"
     # Quotes, dashes and the like, which begin with 0xE2; emoji, with 0xF0 0x9F.

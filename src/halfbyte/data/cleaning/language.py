@@ -12,7 +12,8 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.cleaning import LanguageFilter
 
 READ = 1000  # characters of a text: more change nothing and take longer
-SURE = 0.7  # so probable must another language be; one that is told at all has more
+SURE = 0.5  # so probable is a language that is told; between those much alike it is divided
+UNLIKELY = 0.1  # and no more all languages that are allowed
 NO_LANGUAGE = "zxx"  # numbers, markup, names of things
 
 NEEDS = (
@@ -27,14 +28,17 @@ def language(settings: LanguageFilter, examples: Sequence[Example]) -> Iterator[
     Raises DataError where the library is missing, or does not know a language that is allowed.
     """
     identifier = _identifier(settings.allow)
+    known = {*settings.allow, NO_LANGUAGE}
     for example in examples:
         verdict = None
         for text in parts_of(example, settings.field):
             beginning_of = text[:READ]
             if letters_by_script(beginning_of).total() < settings.min_letters:
                 continue
-            name, probability = identifier.classify(beginning_of)
-            if name not in (*settings.allow, NO_LANGUAGE) and probability >= SURE:
+            ranked = identifier.rank(beginning_of)
+            name, probability = ranked[0]
+            allowed = sum(share for other, share in ranked if other in known)
+            if probability >= SURE and allowed <= UNLIKELY:
                 verdict = f"{name}, to {probability:.0%}: {beginning(text)}"
                 break
         yield verdict

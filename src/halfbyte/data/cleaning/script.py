@@ -17,7 +17,7 @@ SYMBOLS = 2  # so many letters of other scripts may be symbols: a β, the Ω of 
 
 # The first word of a letter's Unicode name is its script, but for these.
 _NAMES = {"CJK": "Han", "IDEOGRAPHIC": "Han", "NKO": "NKo", "KELVIN": LATIN, "ANGSTROM": LATIN}
-_NAMES["OHM"] = "Greek"
+_NAMES |= {"OHM": "Greek", "HENTAIGANA": "Hiragana", "TURNED": LATIN, "ROMAN": LATIN}
 # Letters that texts of any script use: µ, ª, º, ʼ, 𝐱, ℝ.
 _ANY = frozenset(
     {

@@ -68,13 +68,14 @@ def breaks_off(text: str, sign_off_words: int) -> bool:
     last = text[-1]
     if last == ";" and _is_greek(text):  # it asks a question there
         return False
+    lines = [line for line in text.splitlines() if line.strip()]
     if last in _OPEN:
-        return not _is_farewell(text[:-1], sign_off_words) if last == "," else True
+        greets = last == "," and not _ITEM.match(lines[-1])  # "Best wishes,"
+        return not (greets and _is_farewell(text[:-1], sign_off_words))
     if not unicodedata.category(last).startswith(("L", "M")):
         return False  # a mark, a bracket or quote that closes, a figure, an emoji
     if script_of(last) in _BARE_SCRIPTS or _bare_script(text):
         return False
-    lines = [line for line in text.splitlines() if line.strip()]
     if _ITEM.match(lines[-1]) or "|" in lines[-1]:
         return False
     bare = sum(unicodedata.category(line.rstrip()[-1]).startswith(("L", "M")) for line in lines)
