@@ -367,7 +367,7 @@ def test_labels_are_those_of_a_slow_reference(
     example = data.draw(conversations(system=system, extra=SPECIALS))
     expected = reference(name, example, loss_on)
     if not expected:
-        with pytest.raises(RowRefused, match=f"row {example.row + 1}: .*answer"):
+        with pytest.raises(RowRefused, match=rf"row {example.row + 1}: .*answer"):
             ModelChat(tokenizer).rows(example, loss_on)
         return
     found = ModelChat(tokenizer).rows(example, loss_on)

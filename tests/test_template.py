@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from halfbyte.data.example import Example
+from halfbyte.data.batch import Segment
+from halfbyte.data.example import Example, Message
 from halfbyte.data.template import Template, make_template
 from halfbyte.data.text_template import parse_format
 from halfbyte.data.tokenize import tokenize_rows
@@ -134,6 +135,44 @@ def test_the_chat_template_renders_the_trained_prompt_token_for_token(
     # The whole row too, which is also how the template continues a conversation.
     whole = [user, {"role": "assistant", "content": "Answer."}]
     assert rendered(tokenizer, template, whole, generate=False) == prompt + answer
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "chat, one instruction"])
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(said=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), system=texts)
+def test_the_chat_template_renders_trained_conversations_token_for_token(
+    model: str,
+    name: str,
+    said: list[tuple[str, str]],
+    system: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    tokenizer = request.getfixturevalue(model)
+    if model == "llama":
+        tokenizer.chat_template = NO_BOS
+    template = template_of(tokenizer, **FORMATS[name])
+    messages = [Message("system", system)] if system else []
+    for asked, answered in said:
+        messages += [Message("user", asked), Message("assistant", answered + ".")]
+    example = Example(0, tuple(messages))
+    spoken = [{"role": m.role, "content": m.content} for m in messages]
+    segments = template.segments(example, "answer")
+    [row] = tokenize_rows(tokenizer, [segments], [0])
+    assert row.input_ids.tolist() == rendered(tokenizer, template, spoken, generate=False)
+    # Each answer and its end is learned, and nothing else.
+    end = f"{tokenizer.eos_token}\n" if template.name == "chat" else tokenizer.eos_token
+    learned = "".join(segment.text for segment in segments if segment.learn)
+    assert learned == "".join(f"{answered}.{end}" for _, answered in said)
+    # What is prompted is how the row begins, and what a program makes of the messages before.
+    assert "".join(segment.text for segment in segments).startswith(template.prompt(example))
+    [prompt] = tokenize_rows(tokenizer, [[Segment(template.prompt(example), False)]], [0])
+    assert prompt.input_ids.tolist() == rendered(tokenizer, template, spoken[:-1])
+    last = "".join(s.text for s in template.segments(example, "last") if s.learn)
+    assert last == f"{said[-1][1]}.{end}"
+    assert all(segment.learn for segment in template.segments(example, "all"))
 
 
 def test_a_row_in_each_format(tiny: Any) -> None:

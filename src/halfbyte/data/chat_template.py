@@ -207,17 +207,21 @@ class ModelChat:
     def _check(
         self, example: Example, messages: Sequence[Message], text: str, turns: Sequence[Turn]
     ) -> None:
-        """That the text holds what was asked and done, and what is learned holds what was said."""
-        for number, message in enumerate(messages, 1):
-            if message.role in ("user", "tool") and not holds(text, message.content):
-                raise RowRefused(
-                    example,
-                    f"the model's chat template has no place for message {number}, of the role "
-                    f"{message.role}; {ELSE}",
-                )
+        """That what was asked, and what tools gave, stands before the answer to it, and that what
+        is learned is what was said."""
+        seen = end = 0
         for turn in turns:
+            before = text[end : turn.spans[0][0] if turn.spans else len(text)]
+            for place in range(seen, turn.message):
+                message = messages[place]
+                if message.role in ("user", "tool") and not holds(before, message.content):
+                    raise RowRefused(
+                        example,
+                        f"the model's chat template has no place for message {place + 1}, of the "
+                        f"role {message.role}; {ELSE}",
+                    )
             message = messages[turn.message]
-            learned = "".join(text[start:end] for start, end in turn.spans)
+            learned = "".join(text[start:stop] for start, stop in turn.spans)
             names = [str(call.get("function", call).get("name")) for call in message.tool_calls]
             if not all(holds(learned, said) for said in (message.content, *names)):
                 raise RowRefused(
@@ -225,6 +229,8 @@ class ModelChat:
                     "the model's chat template leaves out, or does not mark as the assistant's, "
                     f"a part of message {turn.message + 1}; {ELSE}",
                 )
+            seen = turn.message + 1
+            end = turn.spans[-1][1] if turn.spans else end
 
     def _marks_no_end(self) -> bool:
         """Whether the template marks an answer, but not the token that ends it."""
