@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +24,13 @@ from chat_case import (
 from halfbyte.data.batch import Segment
 from halfbyte.data.chat_template import ModelChat
 from halfbyte.data.example import Example, Message
+from halfbyte.data.template import make_template
 from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.data.turns import RowRefused
-from halfbyte.recipe.schema import LossOn
+from halfbyte.recipe.load import load_recipe
+from halfbyte.recipe.schema import DataRecipe, LossOn
+
+ROOT = Path(__file__).resolve().parent.parent
 
 MARKED = marked_rows()
 IDS = [f"{name}, {title}" for name, title, _ in MARKED]
@@ -381,3 +387,32 @@ def test_labels_are_those_of_a_slow_reference(
             mask += [learn] * len(piece)
         mask[0] = False  # nothing predicts it
         assert tokens(tokenizer, segments) == (ids, mask)
+
+
+def test_the_table_in_the_docs_is_what_was_marked_by_hand() -> None:
+    marked = {(name, title): rows for name, title, rows in MARKED}
+    table = (ROOT / "docs" / "templates.md").read_text(encoding="utf-8")
+    shown = set()
+    for line in table.splitlines():
+        if named := re.match(r"\| `chat` \| .*\(`(.*?)`\) \| (.*) \|$", line):
+            name, cell = named.groups()
+            shown.add(name)
+            found = re.findall("`([^`]*)`", cell.replace("\\|", "|").replace("↵", "\n"))
+            title = "turns" if name in ("gemma-2", "deepseek-r1-distill") else "system"
+            expected = marked[name, title]
+            refused = isinstance(expected, str)
+            assert found == ([] if refused else [row.text for row in expected])
+            assert cell.startswith("refused") == isinstance(marked.get((name, "system"), ""), str)
+    assert shown == set(FAMILIES) - {"chatml-generation"}
+
+
+@pytest.mark.parametrize("name", ["alpaca", "plain", "a text of its own"])
+def test_the_table_in_the_docs_shows_text_formats_as_they_are(name: str) -> None:
+    docs = (ROOT / "docs" / "templates.md").read_text(encoding="utf-8")
+    [line] = [line for line in docs.splitlines() if re.match(rf"\| `?{name}`? \| .*«", line)]
+    recipe = load_recipe(ROOT / "recipes" / "tinyllama-chatdoctor.yaml")
+    data = DataRecipe(path="x", template=recipe.data.template if " " in name else name)
+    template, _ = make_template(data, byte_tokenizer("</s>"))
+    found = pieces(template.segments(CONVERSATIONS["system"], "answer"))
+    [cell] = re.findall("`([^`]*«[^`]*)`", line.replace("↵", "\n"))
+    assert Marked(cell).pieces == found
