@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -26,11 +27,14 @@ pytest.importorskip("bitsandbytes")
 from bitsandbytes import functional
 
 from family_case import FAMILIES, SHAPE, bitsandbytes_folder, save_family
+from halfbyte import Recipe, train
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.batching import make_batch
 from halfbyte.engine.saved import saved_bytes
 from halfbyte.errors import ModelError
 from halfbyte.evaluate.held_out import unquantized_loss
+from halfbyte.events import read_events
+from halfbyte.events.types import Checked, Choice, Evaluated, ModelLoaded
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.experts import DOWN, UP, NF4Experts
 from halfbyte.model.load import LoadedBase, load_base
@@ -203,6 +207,31 @@ def test_bitsandbytes_leaves_them_in_16_bits(folder: Path, tmp_path: Path) -> No
     assert weight_bytes(shape, setup) == base.bytes_after + base.bytes_other - rotary
     (told,) = about_experts(shape)
     assert told.value == "frozen in 16 bits, without adapters"
+
+
+def test_a_whole_run(folder: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    """Trained, measured before quantization too, saved, read again and asked."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(folder)},
+            "data": {"path": str(tiny_rows), "held_out": 4},
+            "lora": {"r": 4},
+            "training": {"batch_size": 4, "max_steps": 3, "learning_rate": 1e-3},
+            "evaluation": {"every_steps": 3, "prompts": 1, "max_new_tokens": 4},
+        }
+    )
+    run = train(recipe, out=tmp_path / "run", runs=tmp_path)
+    events = [record.event for record in read_events(run.folder)]
+    (told,) = [e for e in events if isinstance(e, Choice) and e.key == "experts"]
+    assert "the router is left as it is" in told.reason
+    assert {e.what for e in events if isinstance(e, Evaluated)} >= {"base", "quantized base"}
+    (model,) = [e for e in events if isinstance(e, ModelLoaded)]
+    assert model.lora_modules == {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2}
+    assert all(e.passed for e in events if isinstance(e, Checked))
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), run.adapter, is_trainable=False
+    )
+    assert len([n for n, _ in peft.named_parameters() if ".lora_" in n]) == 2 * 2 * 4
 
 
 def logits_of(model: QLoRAModel, ids: np.ndarray) -> Tensor:
