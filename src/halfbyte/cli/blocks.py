@@ -31,6 +31,7 @@ from halfbyte.events.types import (
     ModelLoaded,
     TrainingStarted,
 )
+from halfbyte.recipe.learned import learned_words
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -70,8 +71,7 @@ def audit_block(audit: Audited) -> Block:
         + f"; dropped: {_reasons(audit.rows_dropped) or 'none'}",
         *([_split(audit)] if audit.rows_split else []),
         *([f"columns: {roles}"] if roles else []),
-        f"format: {audit.template}; loss on "
-        + ("all tokens" if audit.loss_on == "all" else "the answers alone"),
+        f"format: {audit.template}; loss on {learned_words(audit.loss_on, audit.template)}",
         f"tokens a row: {', '.join(lengths)}",
         f"{audit.tokens:,} tokens an epoch, {audit.labels:,} of them ({share:.0%}) carry loss",
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from halfbyte.events.types import Audited, Environment, Evaluated
 from halfbyte.recipe import Recipe
+from halfbyte.recipe.learned import learned_words
 from halfbyte.report import figures
 from halfbyte.report.alternatives import loss_alt
 from halfbyte.report.blocks import (
@@ -51,7 +52,8 @@ def objective(story: Story) -> str:
 
 
 def _objective(story: Story) -> list[Block]:
-    learned = "every token of a row" if story.recipe.data.loss_on == "all" else "the answers alone"
+    data = story.recipe.data
+    learned = learned_words(data.loss_on, data.template)
     return [
         *(Paragraph(text) for text in objective(story).split("\n\n") if text.strip()),
         Paragraph(
@@ -131,7 +133,7 @@ def _dataset(story: Story) -> list[Block]:
                 ),
                 ("format", _format(a)),
                 ("columns", ", ".join(f"{role}: {c}" for role, c in a.columns.items()) or "–"),
-                ("loss on", "every token" if a.loss_on == "all" else "the answer alone"),
+                ("loss on", learned_words(a.loss_on, a.template)),
                 (
                     "tokens in an epoch",
                     f"{figures.count(a.tokens)}, of which {figures.count(a.labels)} "
