@@ -190,7 +190,13 @@ VALUES: dict[str, dict[str, str]] = {
         "completion": "text",
         "pretraining": "text",
     },
-    "data.loss_on": {"answers": "answer", "completion": "answer", "assistant": "answer"},
+    "data.loss_on": {
+        "answers": "answer",
+        "completion": "answer",
+        "turn": "assistant",
+        "last_turn": "last",
+        "all_tokens": "all",
+    },
     "training.optimizer": {
         "adamw_torch": "adamw",
         "adamw_torch_fused": "adamw",
