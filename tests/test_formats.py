@@ -579,6 +579,85 @@ def test_where_a_preference_parts_is_where_trl_sees_it(
             assert message.learn is (i >= len(prompt))
 
 
+# ---- any rows ----------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 2) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "from",
+                    "value",
+                    "type",
+                    "text",
+                    "tool_calls",
+                    "function",
+                    "name",
+                    "id",
+                    "arguments",
+                    "weight",
+                    "reasoning",
+                    "tool_call_id",
+                    "function_call",
+                ]
+            )
+            | st.text(max_size=3),
+            inner | st.sampled_from(["user", "assistant", "tool", "gpt", "function_call", "text"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+COLUMNS = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "label",
+        "tools",
+        "system",
+        "text",
+        "instruction",
+        "input",
+        "output",
+    ]
+)
+CELLS = VALUES | VALUES.map(lambda value: json.dumps(value, default=str))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(COLUMNS, CELLS, min_size=1), min_size=1, max_size=4),
+    format=st.sampled_from(["auto", "messages", "prompt_completion", "text", "instruction"]),
+    more=st.fixed_dictionaries({"merge_turns": st.booleans(), "fixed_instruction": st.booleans()}),
+    typed=st.booleans(),
+)
+def test_any_rows_are_read_or_refused_in_one_sentence(
+    rows: list[dict[str, Any]], format: Any, more: dict[str, bool], typed: bool
+) -> None:
+    before = copy.deepcopy(rows)
+    try:
+        made, told = read(rows, typed=typed, format=format, **more)
+    except DataError as error:
+        sentence = str(error)
+        assert sentence.endswith((".", "?"))
+    else:
+        assert all(example.text is not None or example.messages is not None for example in made)
+        for example in made:
+            said = [message.content for message in example.messages]
+            assert all(isinstance(text, str) for text in said)
+            assert [example.row] == [e.row for e in made if e.row == example.row]
+        assert len(told) <= 4
+    assert repr(rows) == repr(before)  # not equal: NaN is not itself
+
+
 # ---- texts and templates ------------------------------------------------------------------------
 
 

@@ -14,14 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from halfbyte.cli.app import app
 from halfbyte.data.mixing import draw, mix, mixed_counts
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.split import shares_of
 from halfbyte.errors import DataError, RecipeError
+from halfbyte.events.types import Answered
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import parse_recipe
 from halfbyte.recipe.schema import SourceRecipe
+from halfbyte.report.page_one import shown_in_full
+from halfbyte.report.story import answers_of
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +229,43 @@ def test_a_broken_row_is_named_with_its_source(tokenizer: Any, tmp_path: Path) -
         prepared(tokenizer, sources)
 
 
+def halfbyte(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_line_shows_what_was_recognised(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources and patterns are looked for beside the recipe too."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "model").symlink_to(tiny_model)
+    write(folder, "chat.jsonl", 40)
+    write(folder, "alpaca.jsonl", 40)
+    (folder / "r.yaml").write_text(
+        "model: {name: model}\n"
+        "data: {sources: [{path: 'ch*.jsonl', weight: 1}, {path: alpaca.jsonl, weight: 0.5}]}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    shown = halfbyte("train", "recipes/r.yaml", "--dry-run")
+    assert "data.sources[1].format = messages: the column messages holds messages" in shown
+    at = folder.resolve()
+    assert f"40 of 40 of {at}/ch*.jsonl (66.7%); 20 of 40 of {at}/alpaca.jsonl (33.3%)" in shown
+    assert "ch*.jsonl, alpaca.jsonl: 60 rows read" in shown
+    settings = halfbyte("recipe", "recipes/r.yaml")
+    assert f"data.sources = {at}/ch*.jsonl (weight 1), {at}/alpaca.jsonl (weight 0.5)" in settings
+    shown = halfbyte("init", "recipes/chat.jsonl", "--model", "recipes/model", "--out", "c.yaml")
+    assert "format: messages: the column messages holds messages with role and content" in shown
+    assert "What is 0 + 1?" in shown
+    asked = Recipe.load("c.yaml").data
+    assert (asked.format, asked.columns.messages) == ("messages", "messages")
+    shown = halfbyte("train", "c.yaml", "--dry-run")
+    assert "data.format" not in shown  # it is stated now
+    assert "40 rows read" in shown
+
+
 # ---- in a recipe -------------------------------------------------------------------------------
 
 
@@ -257,3 +299,20 @@ def test_a_recipe_names_one_source_or_several(data: str, sentence: str) -> None:
         parse_recipe(f"model: {{name: m}}\ndata: {data}\n", "r.yaml")
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("r.yaml, line 2: ")
+
+
+# ---- in the report -----------------------------------------------------------------------------
+
+
+def test_rows_of_one_number_in_two_sources_are_two_answers() -> None:
+    def said(source: int, when: str) -> Answered:
+        text = f"{source}, {when}"
+        return Answered(5, when, f"question {source}", text, "reference", 3, 0.1, source)
+
+    both = [said(source, when) for when in ("before", "after") for source in (0, 1)]
+    assert [(a.source, a.prompt, a.before, a.after) for a in answers_of(both)] == [
+        (0, "question 0", "0, before", "0, after"),
+        (1, "question 1", "1, before", "1, after"),
+    ]
+    shown = shown_in_full(answers_of(both))
+    assert [one.title for one in shown] == ["Held-out row 6", "Held-out row 6 of source 2"]

@@ -147,25 +147,27 @@ def _show_paths(display: Display, run: Run) -> None:
 
 def _show_answers(display: Display, events: list[Event], count: int) -> None:
     answers = [e for e in _of_last_process(events) if isinstance(e, Answered)]
-    before = {e.row: e for e in answers if e.when == "before"}
-    after = [e for e in answers if e.when == "after" and e.row in before]
+    before = {(e.source, e.row): e for e in answers if e.when == "before"}
+    after = [e for e in answers if e.when == "after" and (e.source, e.row) in before]
     for answer in after[:count]:
+        source = f" of source {answer.source + 1}" if answer.source else ""
+        asked = f"held-out row {answer.row + 1:,}{source}: "
         question = _shown(answer.prompt)
         texts = (
-            ("before", _shown(before[answer.row].text)),
+            ("before", _shown(before[answer.source, answer.row].text)),
             ("after", _shown(answer.text)),
             ("in the data", _shown(answer.reference)),
         )
         if display.live:
             display.line()
-            display.block(Block("asked", [f"held-out row {answer.row + 1:,}: {question}"]))
+            display.block(Block("asked", [asked + question]))
             table = Table(expand=True, show_lines=False)
             for name, style in (("before", "dim"), ("after", "green"), ("in the data", "")):
                 table.add_column(name, ratio=1, style=style, overflow="fold")
             table.add_row(*(Text(text) for _, text in texts))
             display.console.print(table)
         else:
-            display.line(f"asked: held-out row {answer.row + 1:,}: {_one_line(question)}")
+            display.line(f"asked: {asked}{_one_line(question)}")
             for name, text in texts:
                 display.line(f"{name}: {_one_line(text)}")
 

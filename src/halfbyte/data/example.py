@@ -60,6 +60,11 @@ class Example:
         answer = Message("assistant", output)
         return cls(row, (answer,), instruction=instruction, input=input, source=source)
 
+    @property
+    def at(self) -> str:
+        """Which row it is, as people count: ``row 6``, ``row 6 of source 2``."""
+        return f"row {self.row + 1:,}" + (f" of source {self.source + 1}" if self.source else "")
+
     @cached_property
     def answer(self) -> str:
         """The last thing that the assistant says; of a text all of it."""

@@ -31,16 +31,16 @@ class Rendered:
     def warnings(self, examples: int) -> list[str]:
         """What the user is told of rows that were refused, and of those that became several."""
         found = []
-        by_reason: dict[str, list[int]] = {}
+        by_reason: dict[str, list[str]] = {}
         for error in self.refused.values():
-            by_reason.setdefault(error.reason, []).append(error.row + 1)
+            by_reason.setdefault(error.reason, []).append(error.at)
         if by_reason:
             reason, rows = max(by_reason.items(), key=lambda item: len(item[1]))
-            named = ", ".join(f"{row:,}" for row in rows[:NAMED])
+            named = ", ".join(rows[:NAMED])
             among = "" if len(by_reason) == 1 else f", and {len(by_reason) - 1} reasons more"
             found.append(
-                f"{len(self.refused):,} of {examples:,} rows are left out, such as "
-                f"{'row' if len(rows) == 1 else 'rows'} {named}: {reason}{among}."
+                f"{len(self.refused):,} of {examples:,} rows are left out, such as {named}: "
+                f"{reason}{among}."
             )
         made = [place for place, part in zip(self.places, self.parts, strict=True) if part.turns]
         if made:

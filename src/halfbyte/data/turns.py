@@ -35,9 +35,10 @@ class RowRefused(DataError):
     def __init__(self, example: Example, reason: str, kind: str = REFUSED) -> None:
         self.row = example.row
         self.source = example.source
+        self.at = example.at
         self.reason = reason
         self.kind = kind
-        super().__init__(f"row {example.row + 1:,}: {reason}.")
+        super().__init__(f"{example.at}: {reason}.")
 
 
 class PromptLost(Exception):

@@ -286,6 +286,7 @@ class Answered(Event):
     reference: str
     tokens: int
     seconds: float
+    source: int = 0  # of several, the one that the row is numbered in
 
 
 @dataclass(frozen=True)

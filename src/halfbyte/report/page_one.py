@@ -86,8 +86,9 @@ def _shown(answer: Answer, prompt: str, fit: Callable[[str], str]) -> Shown:
     def given(text: str | None) -> str:
         return "(not asked)" if text is None else fit(text) or "(empty)"
 
+    source = f" of source {answer.source + 1}" if answer.source else ""
     return Shown(
-        f"Held-out row {figures.count(answer.row + 1)}",
+        f"Held-out row {figures.count(answer.row + 1)}{source}",
         prompt or "(empty)",
         given(answer.before),
         given(answer.after),

@@ -63,6 +63,7 @@ class Answer:
     reference: str
     before: str | None
     after: str | None
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _tell(
         base=measured.get("base"),
         quantized_base=measured.get("quantized base"),
         evaluations=[adapter[s] for s in sorted(adapter)],
-        answers=_answers(_only(events, Answered)),
+        answers=answers_of(_only(events, Answered)),
         checkpoints=[checkpoints[s] for s in sorted(checkpoints)],
         kept=_last(_only(last, Kept)),
         checks=list({e.name: e for e in _only(last, Checked)}.values()),
@@ -283,12 +284,13 @@ def _process(group: list[Record]) -> Process:
     return Process(started, group[0].time, group[-1].time, _last(_only(events, Energy)))
 
 
-def _answers(events: list[Answered]) -> list[Answer]:
-    rows = list(dict.fromkeys(e.row for e in events))
-    found = {(e.row, e.when): e for e in events}
+def answers_of(events: list[Answered]) -> list[Answer]:
+    """Each prompt with what was answered before and after, as they came."""
+    rows = list(dict.fromkeys((e.source, e.row) for e in events))
+    found = {(e.source, e.row, e.when): e for e in events}
     answers = []
-    for row in rows:
-        before, after = found.get((row, "before")), found.get((row, "after"))
+    for source, row in rows:
+        before, after = (found.get((source, row, when)) for when in ("before", "after"))
         either = after or before
         if either is not None:
             answers.append(
@@ -298,6 +300,7 @@ def _answers(events: list[Answered]) -> list[Answer]:
                     either.reference,
                     before.text if before else None,
                     after.text if after else None,
+                    source,
                 )
             )
     return answers

@@ -148,6 +148,7 @@ def _answer_prompts(assembly: Assembly, trainer: Trainer, record: RunRecord) -> 
                     reference=reference(row),
                     tokens=given.tokens,
                     seconds=given.seconds,
+                    source=row.source if len(recipe.data.sources) > 1 else 0,
                 )
             )
     for reason in sorted(eager):

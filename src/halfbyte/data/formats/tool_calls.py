@@ -42,7 +42,8 @@ def _call(call: object, where: str, *, typed: bool) -> Mapping[str, Any]:
     elif not isinstance(parsed, Mapping):
         parsed = arguments
     said = {"name": name, "arguments": parsed}
-    return {"id": call["id"], **said} if call.get("id") else said
+    call_id = call.get("id")
+    return {"id": call_id, **said} if isinstance(call_id, str) and call_id else said
 
 
 def tools_of(cells: Cells, column: str | None, *, typed: bool) -> tuple[Mapping[str, Any], ...]:
