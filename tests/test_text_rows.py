@@ -247,6 +247,7 @@ def test_what_a_template_refuses_is_left_out_and_said(tmp_path: Path) -> None:
     rows[3]["messages"].insert(0, system)
     found = prepare(recipe_of(tmp_path, rows), tokenizer_of("gemma-2"), 512)
     assert found.audit.rows_dropped == {"refused by the template": 1}
+    assert "refused-rows" in {finding.name for finding in found.findings}
     assert any("1 of 6 rows are left out, such as row 4" in text for text in found.warnings)
     for row in rows:
         row["messages"] = [system, *spoken("?", ".")]
@@ -260,3 +261,13 @@ def test_texts_are_prepared_without_a_template(tmp_path: Path) -> None:
     assert found.template.name == "text"
     assert found.audit.rows_dropped == {"empty answer": 1}
     assert all(row.loss_mask[1:].all() for row in found.train)
+
+
+def test_what_a_template_passes_over_is_told(tmp_path: Path) -> None:
+    rows = [{"messages": spoken(f"{i}?", f"{i}.")} for i in range(6)]
+    rows[2]["messages"][1]["reasoning_content"] = "Hm."
+    for name, told in (("phi-4", 1), ("qwen-3", 0)):
+        found = prepare(recipe_of(tmp_path, rows, held_out=0), tokenizer_of(name), 512)
+        unused = [finding.text for finding in found.findings if finding.name == "unused-column"]
+        assert len(unused) == told
+        assert all(text.startswith("1 of 6 rows have reasoning") for text in unused)

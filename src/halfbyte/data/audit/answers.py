@@ -6,6 +6,7 @@ from collections import Counter
 
 from halfbyte.data.audit.subject import EMPTY_ANSWER, MANY, Subject, snippet
 from halfbyte.data.example import Example
+from halfbyte.data.turns import REFUSED, UNLEARNED
 from halfbyte.events.types import Found
 
 # A question shorter than this may well begin its answer: "A spring tide is …".
@@ -16,12 +17,27 @@ SAME_ROWS, SAME_LENGTH = 5, 30
 SAME_SHARE = 0.5
 # In so many rows it is how the file was made, not how people write.
 LEAKED_ERROR = 0.1
+# Parts of a row that a template may have no place for: what they are, and what to do.
+LEFT_OUT = {
+    "instruction": (
+        "an instruction",
+        "put {instruction} into data.template, or name no column for it",
+    ),
+    "input": ("an input", "put {input} into data.template, or name no column for it"),
+    "system": ("a system message", "take them out of the rows, or state another data.template"),
+    "tools": ("tools", "take them out of the rows, or train a model whose template has them"),
+    "reasoning": (
+        "reasoning",
+        "train a model whose template has it, or take it into the answers, in <think> and </think>",
+    ),
+}
 
 
 def find_answers(subject: Subject) -> list[Found]:
     """Findings on what is to be learned, as text."""
     return [
         *_empty(subject),
+        *_refused(subject),
         *_same(subject),
         *_leaked(subject),
         *_asked_nothing(subject),
@@ -36,6 +52,24 @@ def _empty(subject: Subject) -> list[Found]:
         "have an empty answer and are left out",
         "look whether data.columns.output names the column of the answers",
     )
+
+
+def _refused(subject: Subject) -> list[Found]:
+    return [
+        *subject.left_out(
+            "refused-rows",
+            REFUSED,
+            "are refused by the template and are left out",
+            "read the warning that names some of them and the reason, and mend them or state "
+            "another data.template",
+        ),
+        *subject.left_out(
+            "unlearned-rows",
+            UNLEARNED,
+            "hold no answer that data.loss_on learns and are left out",
+            "state another data.loss_on, or flag the answers that are to be learned",
+        ),
+    ]
 
 
 def _same(subject: Subject) -> list[Found]:
@@ -141,19 +175,29 @@ def _asks(row: Example, reads: frozenset[str]) -> bool:
 
 def _left_out(subject: Subject) -> list[Found]:
     found = []
-    for name in ("instruction", "input"):
+    for name, (what, todo) in LEFT_OUT.items():
         if name in subject.template.reads:
             continue
-        places = [place for place, row in enumerate(subject.rows) if getattr(row, name)]
+        places = [
+            place for place, row in enumerate(subject.rows) if row.text is None and _has(row, name)
+        ]
         if places:
             found.append(
                 subject.found(
                     "unused-column",
                     "warning",
-                    f"{len(places):,} of {len(subject.rows):,} rows have an {name}, for which the "
+                    f"{len(places):,} of {len(subject.rows):,} rows have {what}, for which the "
                     "template has no place: it is left out",
-                    f"put {{{name}}} into data.template, or name no column for it",
+                    todo,
                     places,
                 )
             )
     return found
+
+
+def _has(row: Example, part: str) -> bool:
+    if part == "system":
+        return any(message.role == "system" for message in row.messages)
+    if part == "reasoning":
+        return any(message.reasoning for message in row.messages)
+    return bool(getattr(row, part))
