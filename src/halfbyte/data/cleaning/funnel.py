@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from halfbyte.data.audit.private import hidden
 from halfbyte.data.cleaning.duplicates import exact_duplicates
 from halfbyte.data.cleaning.encoding import check_ftfy, encoding
 from halfbyte.data.cleaning.language import check_languages, language
@@ -16,9 +16,11 @@ from halfbyte.data.cleaning.near_duplicates import near_duplicates
 from halfbyte.data.cleaning.overlap import overlap_with_held_out
 from halfbyte.data.cleaning.parts import Verdict
 from halfbyte.data.cleaning.patterns import pattern
+from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.cleaning.script import script
 from halfbyte.data.cleaning.unfinished import unfinished
 from halfbyte.data.example import Example
+from halfbyte.data.example_store import ExampleStore
 from halfbyte.events.types import Filtered, Funnel, RowShown
 from halfbyte.recipe import cleaning as recipe
 
@@ -31,7 +33,7 @@ Judge = Callable[[Sequence[Example]], Iterator[Verdict]]
 class Cleaned:
     """The rows that are left, in their order and with their numbers, and what was done."""
 
-    examples: list[Example]
+    examples: Picked
     funnel: Funnel
 
 
@@ -44,12 +46,13 @@ def clean(
 
     With ``held_out`` given those that look for an overlap with these rows are applied in their
     place; without they are left out, to be applied when it is known which rows are held out. Each
-    filter's time is linear in the rows, and it keeps no more than some hundred bytes of each.
+    filter's time is linear in the rows, and it keeps no more than some hundred bytes of each; the
+    rows themselves are read from ``examples`` again and again, be they in memory or in a file.
     Raises DataError, before any row is looked at, where a filter needs a package that is missing.
     What is shown of rows has likely private data hidden.
     """
     check_packages(filters)
-    rows = list(examples)
+    rows = examples if isinstance(examples, Picked) else Picked(examples)
     steps: list[Filtered] = []
     for settings in filters:
         if isinstance(settings, recipe.OverlapWithHeldOut) and held_out is None:
@@ -103,23 +106,26 @@ def _judge(settings: recipe.Filter, held_out: Sequence[Example]) -> Judge:
             raise TypeError(f"{settings.filter} is no filter that is known here")
 
 
-def _apply(
-    settings: recipe.Filter, judge: Judge, rows: list[Example]
-) -> tuple[list[Example], Filtered]:
-    left: list[Example] = []
+def _apply(settings: recipe.Filter, judge: Judge, rows: Picked) -> tuple[Picked, Filtered]:
+    left = array("q")
+    changed = ExampleStore()
+    at: list[int] = []  # of those that are changed
     shown: list[RowShown] = []
-    dropped = changed = 0
-    for example, verdict in zip(rows, judge(rows), strict=True):
+    for place, verdict in zip(rows.places, judge(rows), strict=True):
         if verdict is None:
-            left.append(example)
+            left.append(place)
             continue
         if isinstance(verdict, str):
-            dropped += 1
             why = verdict
         else:
             mended, why = verdict
-            left.append(mended)
-            changed += 1
+            left.append(place)
+            at.append(place)
+            changed.append(mended)
         if len(shown) < EXAMPLES:
-            shown.append(RowShown(example.row, hidden(why), example.source))
-    return left, Filtered(settings.filter, settings.words, len(rows), dropped, changed, shown)
+            example = rows.at(place)
+            shown.append(RowShown(example.row, why, example.source))
+    step = Filtered(
+        settings.filter, settings.words, len(rows), len(rows) - len(left), len(at), shown
+    )
+    return rows.left(left, zip(at, changed, strict=True)), step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from halfbyte.data.audit.private import hidden
 from halfbyte.data.example import Example, Message
 from halfbyte.recipe.cleaning import Part
 
@@ -105,23 +106,30 @@ def calls_a_tool(example: Example) -> bool:
 
 
 def beginning(text: str) -> str:
-    """The first characters of ``text`` in one line."""
-    shown = " ".join(text[: 4 * SHOWN].split())
+    """The first characters of ``text`` in one line, likely private data hidden."""
+    shown = _line(hidden(text[: 4 * SHOWN]))
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
 
 
 def ending(text: str) -> str:
-    """The last characters of ``text`` in one line."""
-    shown = " ".join(text[-4 * SHOWN :].split())
+    """The last characters of ``text``, likewise."""
+    shown = _line(hidden(text[-4 * SHOWN :]))
     cut = len(text) > 4 * SHOWN or len(shown) > SHOWN
     return "…" + shown[-(SHOWN - 1) :] if cut else shown
 
 
 def around(text: str, start: int, end: int) -> str:
-    """``text[start:end]`` in square brackets, with a little of what stands around it."""
+    """``text[start:end]`` in square brackets, with a little of what stands around it, likewise."""
+    begin = max(0, start - 4 * SHOWN)
+    # Of the same length: what is hidden leaves all places as they are.
+    text, more = hidden(text[begin : end + 4 * SHOWN]), end + 4 * SHOWN < len(text)
+    start, end = start - begin, end - begin
     room = max(8, (SHOWN - min(end - start, SHOWN)) // 2)
-    before, after = text[max(0, start - room) : start], text[end : end + room]
     found = text[start:end] if end - start <= SHOWN else text[start : start + SHOWN - 1] + "…"
-    shown = f"{before}[{found}]{after}"
-    left, right = "…" if start > room else "", "…" if end + room < len(text) else ""
-    return left + " ".join(shown.split()) + right
+    shown = _line(f"{text[max(0, start - room) : start]}[{found}]{text[end : end + room]}")
+    left = "…" if begin or start > room else ""
+    return left + shown + ("…" if more or end + room < len(text) else "")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

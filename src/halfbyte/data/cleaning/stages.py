@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from halfbyte.data.cleaning.funnel import clean, joined
+from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.split import Rows
 from halfbyte.errors import DataError
 from halfbyte.events.types import Funnel
@@ -23,14 +24,15 @@ def clean_read(data: DataRecipe, read: Rows) -> Funnel | None:
     """
     if not data.cleaning:
         return None
-    apart = read.rows[len(read.rows) - read.apart :] if data.held_out_path is not None else []
-    rows = read.rows[: len(read.rows) - len(apart)]
+    may_train = len(read.rows) - read.apart
+    stays = data.held_out_path is not None
+    rows = Picked(read.rows, range(may_train if stays else len(read.rows)))
     cleaned = clean(data.cleaning, rows)
-    if not apart and read.apart:
-        first = rows[-read.apart].row  # all are of one source here
-        read.apart = sum(example.row >= first for example in cleaned.examples)
-    read.rows = cleaned.examples + apart
-    if rows and len(cleaned.examples) <= (0 if apart else read.apart):
+    trains = sum(place < may_train for place in cleaned.examples.places)
+    apart = read.rows[may_train:] if stays else []
+    read.apart = len(apart) if stays else len(cleaned.examples) - trains
+    read.rows = [*cleaned.examples, *apart]
+    if may_train and not trains:
         last = max(cleaned.funnel.filters, key=lambda step: step.dropped)
         raise DataError(
             f"{data.name} leaves no row to train: data.cleaning drops them, most by the filter "
@@ -50,12 +52,12 @@ def drop_overlap(
     filters = [f for f in data.cleaning if isinstance(f, OverlapWithHeldOut)]
     if funnel is None or not filters:
         return funnel
-    places = np.flatnonzero(trains)
-    others = [read.rows[i] for i in np.flatnonzero(held_out).tolist()]
-    cleaned = clean(filters, [read.rows[i] for i in places.tolist()], others)
-    left = {(example.source, example.row) for example in cleaned.examples}
-    trains[places] = [(read.rows[i].source, read.rows[i].row) in left for i in places.tolist()]
-    if len(places) and not trains.any():
+    before = Picked(read.rows, np.flatnonzero(trains).tolist())
+    others = Picked(read.rows, np.flatnonzero(held_out).tolist())
+    cleaned = clean(filters, before, others)
+    trains[:] = False
+    trains[np.asarray(cleaned.examples.places, dtype=np.int64)] = True
+    if len(before) and not len(cleaned.examples):
         raise DataError(
             f"{data.name} leaves no row to train: the filter overlap_with_held_out finds each of "
             "them among the held-out rows; hold out other rows."
