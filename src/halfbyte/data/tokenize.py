@@ -80,12 +80,13 @@ def _learned(segments: Sequence[Segment], encoding: Any) -> np.ndarray:
     So a token across a border belongs to the later segment. Its end decides, not its start: a
     byte-level tokenizer may report a token of spaces as lying at its own end with no length.
     """
-    borders = np.cumsum([len(segment.text) for segment in segments]).tolist()
-    learned = np.zeros(len(encoding.ids), dtype=bool)
-    first = 0
-    for segment, border in zip(segments, borders, strict=True):
+    learned = np.zeros(len(encoding), dtype=bool)
+    last = sum(len(segment.text) for segment in segments)
+    border = first = 0
+    for segment in segments:
+        border += len(segment.text)
         after = len(learned)
-        if border < borders[-1]:
+        if border < last:
             token = _first_ending_behind(encoding, border)
             if token is None:
                 return _learned_by_offsets(segments, encoding.offsets)
