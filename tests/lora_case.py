@@ -18,9 +18,10 @@ from halfbyte.model.adapter_files import save_adapter
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.load import load_base
 from halfbyte.model.lora import attach_lora
-from halfbyte.model.lora_targets import saved_targets
 from halfbyte.model.source import open_model
+from halfbyte.model.trained_rows import train_rows
 from halfbyte.recipe.schema import LoraRecipe, ModelRecipe, QuantizationRecipe
+from halfbyte.run.adapter_start import saved_adapter
 
 PREFIX = "base_model.model."
 
@@ -40,31 +41,46 @@ def quantized(folder: Path) -> Any:
     )
 
 
-def peft_model(folder: Path, lora: LoraRecipe, **changed: Any) -> Any:
+def peft_model(folder: Path, lora: LoraRecipe, base: Any = None, **changed: Any) -> Any:
     """PEFT's model with a fresh adapter of these settings, which have PEFT's names."""
     import peft
 
     settings = lora.model_dump(exclude={"init"}) | {"task_type": "CAUSAL_LM"} | changed
-    return peft.get_peft_model(quantized(folder), peft.LoraConfig(**settings)).train()
+    settings["modules_to_save"] = settings["modules_to_save"] or None
+    base = quantized(folder) if base is None else base
+    return peft.get_peft_model(base, peft.LoraConfig(**settings)).train()
 
 
-def our_model(folder: Path, lora: LoraRecipe, seed: int = 3) -> QLoRAModel:
-    """Ours with a fresh adapter."""
+def our_model(
+    folder: Path, lora: LoraRecipe, seed: int = 3, new_tokens: list[str] | None = None
+) -> QLoRAModel:
+    """Ours with a fresh adapter, in fp32 but for what is in NF4."""
+    new_tokens = new_tokens or []
+    source = open_model(ModelRecipe(name=str(folder), new_tokens=new_tokens))
     loaded = load_base(
-        open_model(ModelRecipe(name=str(folder))),
+        source,
         quantization=QuantizationRecipe(),
         device="cpu",
         compute_dtype=torch.float32,
         rest_dtype=torch.float32,
     )
-    layers = attach_lora(loaded.model, seed=seed, **lora.model_dump())
-    return QLoRAModel(loaded.model, layers, torch.float32)
+    layers = attach_lora(loaded.model, seed=seed, **settings_of(lora))
+    rows = train_rows(loaded.model, source.new_tokens, lora.modules_to_save)
+    return QLoRAModel(loaded.model, layers, torch.float32, rows)
+
+
+def settings_of(lora: LoraRecipe) -> dict[str, Any]:
+    """What :func:`attach_lora` takes of it."""
+    return lora.model_dump(exclude={"modules_to_save"})
 
 
 def peft_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """PEFT's trained parameters under our names."""
     return {
-        name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".default"): parameter
+        name.removeprefix(PREFIX)
+        .removesuffix(".weight")
+        .removesuffix(".default")
+        .replace(".token_adapter", ""): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -134,16 +150,8 @@ def assert_same(ours: Pass, theirs: Pass) -> None:
 
 def save(model: QLoRAModel, folder: Path, lora: LoraRecipe, base: Path) -> None:
     """The adapter as a run leaves it."""
-    layers = model.adapter()
-    settings = lora.model_dump(exclude={"init", "exclude_modules", "target_modules"})
-    save_adapter(
-        folder,
-        layers,
-        base_name=str(base),
-        target_modules=saved_targets(list(layers), model.linears),
-        magnitudes=model.magnitudes(),
-        **settings,
-    )
+    layers, settings = saved_adapter(lora, model)
+    save_adapter(folder, layers, base_name=str(base), **settings)
 
 
 @torch.no_grad()

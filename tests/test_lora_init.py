@@ -38,6 +38,7 @@ from lora_case import (
     peft_parameters,
     peft_pass,
     quantized,
+    settings_of,
 )
 from oracle.case import save_model
 
@@ -79,14 +80,14 @@ def model_of(folder: Path, lora: LoraRecipe, begun: Path | None = None) -> QLoRA
         hook=start,
     )
     layers = attach_lora(
-        loaded.model, seed=3, start=None if start is None else start.pairs, **lora.model_dump()
+        loaded.model, seed=3, start=None if start is None else start.pairs, **settings_of(lora)
     )
     return QLoRAModel(loaded.model, layers, torch.float32)
 
 
 def pissa_of_peft(folder: Path, lora: LoraRecipe) -> Any:
     """PEFT's PiSSA of the model in fp32."""
-    settings = lora.model_dump(exclude={"init"})
+    settings = lora.model_dump(exclude={"init", "modules_to_save"})
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = peft.LoraConfig(**settings, init_lora_weights=lora.init, task_type="CAUSAL_LM")
     return peft.get_peft_model(base, config)
@@ -114,7 +115,7 @@ def test_pissa_starts_as_pefts_and_freezes_the_rest(way: str, folder: Path, tmp_
     # What PEFT leaves of the weights, quantized by bitsandbytes, is what ours has frozen.
     rest = theirs.unload()
     rest.save_pretrained(tmp_path)
-    plain = lora.model_dump(exclude={"init"})
+    plain = lora.model_dump(exclude={"init", "modules_to_save"})
     again = peft.get_peft_model(
         quantized(tmp_path), peft.LoraConfig(**plain, task_type="CAUSAL_LM")
     ).train()

@@ -39,6 +39,14 @@ CASES: dict[str, dict[str, Any]] = {
         }
     },
     "LoftQ": {"lora": {"init": "loftq", "r": 16, "lora_alpha": 16}},
+    "new tokens, LoRA+": {
+        "model": {"new_tokens": ["number", " and"]},
+        "training": {"loraplus_lr_ratio": 2},
+    },
+    "embedding whole, new tokens": {
+        "model": {"new_tokens": ["number"]},
+        "lora": {"modules_to_save": ["embed_tokens"], "use_dora": True},
+    },
     "ranks, rsLoRA": {
         "lora": {
             "rank_pattern": {"down_proj": 8, r"0\.self_attn\..*": 2},
@@ -120,6 +128,7 @@ def test_a_run(case: str, model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     qlora = load_for_inference(whole.folder).qlora
     ours = our_logits(qlora, rows)
     base = with_its_start(qlora, model) if pissa else quantized(model)
+    base.resize_token_embeddings(qlora.head.weight.shape[0], mean_resizing=False)
     theirs = peft_logits(whole.adapter, base, rows)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 

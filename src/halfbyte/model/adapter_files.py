@@ -1,16 +1,17 @@
 """An adapter on disk, in PEFT's format.
 
 ``adapter_model.safetensors`` holds ``base_model.model.<layer>.lora_A.weight`` [r, in] and
-``….lora_B.weight`` [out, r], with DoRA also ``….lora_magnitude_vector`` [out];
-``adapter_config.json`` says what they are. PEFT, vLLM and llama.cpp's converter read these two
-files, the last two without DoRA.
+``….lora_B.weight`` [out, r], with DoRA also ``….lora_magnitude_vector`` [out]; then what is trained
+of embedding and head, ``<module>.weight`` whole or the rows of new tokens as
+``<module>.token_adapter.trainable_tokens_delta``. ``adapter_config.json`` says what they are. PEFT
+reads these two files; vLLM and llama.cpp's converter do where there is nothing but A and B.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _MAGNITUDE = ".lora_magnitude_vector"
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class SavedAdapter:
     layers: dict[str, tuple[Tensor, Tensor]]  # layer's full name: A [r, in], B [out, r]
     config: dict[str, Any]  # adapter_config.json
     magnitudes: dict[str, Tensor] = field(default_factory=dict)  # layer's full name: [out]
+    modules: dict[str, Tensor] = field(default_factory=dict)  # module's: weight [vocabulary, H]
+    token_rows: dict[str, Tensor] = field(default_factory=dict)  # module's: rows [tokens, H]
 
 
 def save_adapter(
@@ -51,6 +56,10 @@ def save_adapter(
     alpha_pattern: Mapping[str, float] | None = None,
     use_dora: bool = False,
     magnitudes: Mapping[str, Tensor] | None = None,
+    modules: Mapping[str, Tensor] | None = None,
+    token_rows: Mapping[str, Tensor] | None = None,
+    token_ids: Mapping[str, list[int]] | None = None,
+    ensure_weight_tying: bool = False,
 ) -> None:
     """Write the adapter into ``folder``, which is made if need be.
 
@@ -66,6 +75,10 @@ def save_adapter(
             tensors[f"{_PREFIX}{name}{suffix}"] = tensor.detach().cpu().contiguous()
     for name, vector in (magnitudes or {}).items():
         tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = vector.detach().cpu().contiguous()
+    for name, weight in (modules or {}).items():
+        tensors[f"{_PREFIX}{name}{_WEIGHT}"] = weight.detach().to("cpu", copy=True).contiguous()
+    for name, rows in (token_rows or {}).items():
+        tensors[f"{_PREFIX}{name}{_TOKENS}"] = rows.detach().cpu().contiguous()
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -79,7 +92,10 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [_leaf(name) for name in modules] if modules else None,
+        "trainable_token_indices": (
+            {_leaf(name): ids for name, ids in token_ids.items()} if token_ids else None
+        ),
         "layers_to_transform": None,
         "layers_pattern": None,
         "rank_pattern": dict(rank_pattern or {}),
@@ -87,6 +103,8 @@ def save_adapter(
         "use_dora": use_dora,
         "use_rslora": use_rslora,
     }
+    if ensure_weight_tying:  # a setting of PEFT's that its older versions do not know
+        config["ensure_weight_tying"] = True
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
     try:
@@ -113,11 +131,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
-    magnitudes = {
-        key.removeprefix(_PREFIX).removesuffix(_MAGNITUDE): tensors.pop(key)
-        for key in list(tensors)
-        if key.startswith(_PREFIX) and key.endswith(_MAGNITUDE)
-    }
+    magnitudes = _taken(tensors, _MAGNITUDE, None)
+    token_rows = _taken(tensors, _TOKENS, config.get("trainable_token_indices") or {})
+    modules = _taken(tensors, _WEIGHT, config.get("modules_to_save") or ())
     for key in tensors:
         if not key.startswith(_PREFIX) or not key.endswith(_SUFFIXES):
             raise ModelError(
@@ -138,7 +154,23 @@ def read_adapter(folder: Path) -> SavedAdapter:
             f"{folder / WEIGHTS} does not hold the magnitude vectors that {CONFIG} speaks of: the "
             "adapter is damaged."
         )
-    return SavedAdapter(layers, config, magnitudes)
+    return SavedAdapter(layers, config, magnitudes, modules, token_rows)
+
+
+def _taken(
+    tensors: dict[str, Tensor], suffix: str, leaves: Collection[str] | None
+) -> dict[str, Tensor]:
+    """Take the tensors with ``suffix`` of modules whose last names are ``leaves`` (None: any)."""
+    found = {}
+    for key in list(tensors):
+        name = key.removeprefix(_PREFIX).removesuffix(suffix)
+        if key == f"{_PREFIX}{name}{suffix}" and (leaves is None or _leaf(name) in leaves):
+            found[name] = tensors.pop(key)
+    return found
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
 from halfbyte.kernels.choice import PLAIN, Kernels
 from halfbyte.kernels.loss import cross_entropy_at, cross_entropy_sum
+from halfbyte.kernels.trained_head import trained_head_loss
 from halfbyte.model.attention import set_attention, use_varlen_attention
 from halfbyte.model.fused import FusedNetwork
 from halfbyte.model.head import find_head
 from halfbyte.model.host_reads import HostReads
 from halfbyte.model.rotary import use_row_rotary
+from halfbyte.model.trained_rows import TrainedRows
 from halfbyte.model.varlen import DeviceRows, NoKernelError
 from halfbyte.model.windows import short_windows
 from halfbyte.quant.linear import DropoutPosition, QLoRALinear
@@ -28,16 +30,22 @@ from halfbyte.quant.linear import DropoutPosition, QLoRALinear
 class QLoRAModel:
     """A quantized transformers model with its adapter.
 
-    ``network`` is the transformers causal LM, ``lora`` its adapted layers by full name. The
+    ``network`` is the transformers causal LM, ``lora`` its adapted layers by full name, ``rows``
+    what of embedding and head is trained (:mod:`halfbyte.model.trained_rows`). The
     products are made in ``compute_dtype``; the residual stream, norms and the softmax of the loss
     are in the type that the embeddings have been kept in and fp32, as autocast would have them.
     """
 
     def __init__(
-        self, network: Any, lora: dict[str, QLoRALinear], compute_dtype: torch.dtype
+        self,
+        network: Any,
+        lora: dict[str, QLoRALinear],
+        compute_dtype: torch.dtype,
+        rows: dict[str, TrainedRows] | None = None,
     ) -> None:
         self.network = network
         self.lora = lora
+        self.rows = rows or {}
         self.compute_dtype = compute_dtype
         self.head = find_head(network)
         # Not the embedding's, which may lie in main memory.
@@ -64,7 +72,8 @@ class QLoRAModel:
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """All that is trained, in the model's order.
 
-        ``{layer}.lora_A``, ``{layer}.lora_B`` and, with DoRA, ``{layer}.lora_magnitude_vector``.
+        ``{layer}.lora_A``, ``{layer}.lora_B`` and, with DoRA, ``{layer}.lora_magnitude_vector``;
+        then the rows of embedding and head that are trained.
         """
         found: dict[str, nn.Parameter] = {}
         for name, layer in self.lora.items():
@@ -73,6 +82,7 @@ class QLoRAModel:
             found[f"{name}.lora_A"], found[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
             if layer.lora_magnitude_vector is not None:
                 found[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+        found |= {key: rows.values for key, rows in self.rows.items()}
         return found
 
     def adapter(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -109,7 +119,9 @@ class QLoRAModel:
         self.adapter_changed()
 
     def adapter_changed(self) -> None:
-        """To be called when A or B have been written to: fused layers have copies of them."""
+        """To be called when what is trained has been written to: there are copies of it."""
+        for rows in self.rows.values():
+            rows.write()
         if self.fused is not None:
             self.fused.adapter_changed()
 
@@ -176,6 +188,21 @@ class QLoRAModel:
             return self.fused.loss_sum(batch.to(self.device))
         hidden = self.hidden(batch)
         weight = self.head.weight.to(self.compute_dtype)
+        trained = next((rows for rows in self.rows.values() if rows.in_head), None)
+        if trained is not None and torch.is_grad_enabled():
+            batch = batch.to(self.device)
+            labels = batch.labels
+            if len(batch.label_ids) < len(hidden):
+                hidden, labels = hidden.index_select(0, batch.label_index), batch.label_ids
+            return trained_head_loss(
+                hidden,
+                weight,
+                trained.values,
+                labels,
+                first=trained.first,
+                scale=self.head.scale,
+                softcap=self.head.softcap,
+            )
         if self.kernels is not None:
             batch = batch.to(self.device)
             return cross_entropy_at(
@@ -243,12 +270,16 @@ class QLoRAModel:
         self._adapter_on = on
         for layer in self.lora.values():
             layer.adapter_enabled = on
+        for rows in self.rows.values():
+            rows.write() if on else rows.restore()
         try:
             yield
         finally:
             self._adapter_on = True
             for layer in self.lora.values():
                 layer.adapter_enabled = True
+            for rows in self.rows.values():
+                rows.write()
 
 
 # Two short rows, with which our logits are compared with the network's own.

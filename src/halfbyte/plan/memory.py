@@ -41,7 +41,7 @@ from halfbyte.kernels.loss import CHUNK_BYTES
 from halfbyte.kernels.nf4 import SCALES_PER_BLOCK
 from halfbyte.model.experts import TILE
 from halfbyte.model.lora_targets import Targets
-from halfbyte.plan.parameters import ExpertShape, ModelShape
+from halfbyte.plan.parameters import ExpertShape, ModelShape, TrainedEnd
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -70,6 +70,7 @@ class Setup:
     exclude_modules: Targets = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     use_dora: bool = False
+    trained_rows: tuple[TrainedEnd, ...] = ()  # of embedding and head
 
     @property
     def compute(self) -> int:
@@ -93,7 +94,7 @@ class Setup:
         found = [rows * columns for pair in adapters.values() for rows, columns in pair]
         if self.use_dora:
             found += [rows for _, (rows, _) in adapters.values()]
-        return found
+        return found + [end.elements for end in self.trained_rows]
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ def step_memory(
         working=head_copy(shape, setup)
         + dequantized
         + 4 * setup.compute * widest * tokens
-        + 3 * setup.rest * sent,
+        + 3 * setup.rest * sent
+        # A gradient of the rows, before it is added to what other passes gave.
+        + 4 * max((end.elements for end in setup.trained_rows), default=0),
     )
 
 
@@ -195,11 +198,14 @@ def head_copy(shape: ModelShape, setup: Setup) -> int:
 def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
     """Two moments for each trained element: 8 bytes in fp32, 2 and their scales in 8 bits."""
     total = 0
+    in_fp32 = sum(end.elements for end in setup.trained_rows if end.full_state)
     for n in setup.trained(shape):
         if setup.optimizer == "adamw" or n < _MIN_8BIT:
             total += 8 * n
         else:
             total += 2 * n + 8 * -(-n // _STATE_BLOCK)
+    if setup.optimizer != "adamw":
+        total += 6 * in_fp32
     return total
 
 

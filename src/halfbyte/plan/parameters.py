@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from halfbyte.model.fusable import NOT_ALL_IN_NF4, why_not_fused
 from halfbyte.model.lora_targets import Targets, adapter_ranks, choose_targets
 from halfbyte.model.narrow import can_be_narrow
 from halfbyte.model.skeleton import build_skeleton, quantized_linears
+from halfbyte.model.trained_rows import EMBEDDING, HEAD
 
 _STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -36,6 +37,14 @@ class ExpertShape:
     @property
     def parameters(self) -> int:
         return self.count * sum(self.matrices)
+
+
+@dataclass(frozen=True)
+class TrainedEnd:
+    """Trained rows of the embedding or the head: elements, and whether their state is in fp32."""
+
+    elements: int
+    full_state: bool
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class ModelShape:
     left_out: frozenset[str] = frozenset()  # of ``linears``, those kept in 16 bits
     experts: tuple[ExpertShape, ...] = ()  # of each layer that has some
     experts_left_out: bool = False  # whether those too are kept in 16 bits
+    tied: bool = False  # the head is the embedding
 
     @property
     def linear(self) -> int:
@@ -113,6 +123,18 @@ class ModelShape:
             name: ((rank, self.linears[name][1]), (self.linears[name][0], rank))
             for name, rank in adapter_ranks(chosen, r, rank_pattern).items()
         }
+
+    def trained_rows(
+        self, modules_to_save: Collection[str], new_tokens: int
+    ) -> tuple[TrainedEnd, ...]:
+        """What is trained of embedding and head; of a matrix that is both, once."""
+        found = []
+        for name in (EMBEDDING, HEAD)[: 1 if self.tied else 2]:
+            whole = bool(modules_to_save) if self.tied else name in modules_to_save
+            rows = self.vocab if whole else new_tokens
+            if rows:
+                found.append(TrainedEnd(rows * self.hidden, whole and name == EMBEDDING))
+        return tuple(found)
 
     def trainable(self, r: int, target_modules: Targets) -> int:
         """Parameters of the adapter: r · (in + out) for each adapted layer."""
@@ -162,6 +184,7 @@ def model_shape(
         left_out=frozenset(left_out),
         experts=experts,
         experts_left_out=stored is not None,
+        tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
 
 

@@ -16,7 +16,7 @@ from halfbyte.data.packing import Packs
 from halfbyte.events.types import Choice
 from halfbyte.kernels import triton_shim
 from halfbyte.model.bnb_checkpoint import StoredNF4
-from halfbyte.model.fusable import why_adapters_not_fused
+from halfbyte.model.fusable import TRAINED_ENDS, why_adapters_not_fused
 from halfbyte.model.lora_targets import adapter_ranks, adapter_scales, choose_targets
 from halfbyte.plan import defaults
 from halfbyte.plan.buckets import ROUNDED_TO, batch_sizes
@@ -312,7 +312,8 @@ def _decide_embedding(
     whole.
     """
     rows = shape.ends - shape.head
-    if device.kind != "cuda" or rows <= 0:
+    trained = decided.recipe.lora.modules_to_save or decided.recipe.model.new_tokens
+    if device.kind != "cuda" or rows <= 0 or trained:
         return False, way
     recipe = decided.recipe
     setup = setup_of(recipe, shape, device, upcast_rest=bool(recipe.quantization.upcast_rest))
@@ -342,6 +343,9 @@ def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: 
     reason = shape.not_fused or why_adapters_not_fused(
         ranks.values(), scales.values(), lora.use_dora
     )
+    trained_rows = shape.trained_rows(lora.modules_to_save, len(recipe.model.new_tokens))
+    if trained_rows:
+        reason = reason or TRAINED_ENDS
     fused = device.kind == "cuda" and reason is None and whole_blocks
     return Setup(
         precision=str(recipe.precision),
@@ -353,6 +357,7 @@ def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: 
         exclude_modules=lora.exclude_modules,
         rank_pattern=lora.rank_pattern,
         use_dora=lora.use_dora,
+        trained_rows=trained_rows,
         optimizer=recipe.training.optimizer,
         fused=fused,
         triton=triton_shim.INSTALLED and (device.capability or (0, 0)) >= (7, 5),

@@ -18,6 +18,10 @@ NAMES: dict[str, str] = {
     "base_model_name_or_path": "model.name",
     "model_revision": "model.revision",
     "revision_of_model": "model.revision",
+    "add_tokens": "model.new_tokens",
+    "added_tokens": "model.new_tokens",
+    "additional_special_tokens": "model.new_tokens",
+    "new_special_tokens": "model.new_tokens",
     # 4-bit weights
     "load_in_4bit": "quantization.type",
     "load_in_8bit": "quantization.type",
@@ -59,6 +63,8 @@ NAMES: dict[str, str] = {
     "init_lora_weights": "lora.init",
     "pissa_init": "lora.init",
     "loftq_config": "lora.init",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "additional_target": "lora.modules_to_save",
     "peft_init_lora_weights": "lora.init",
     "lora_exclude_modules": "lora.exclude_modules",
     "lora_rank_pattern": "lora.rank_pattern",
@@ -238,5 +244,7 @@ NOT_SETTINGS: dict[str, str] = {
     "bias": "an adapter has no biases",
     "loraplus_lr_embedding": "an embedding has no adapter; it is trained as a whole or not at all",
     "task_type": "it is always a causal language model",
-    "modules_to_save": "only the adapter is trained",
+    "trainable_token_indices": "the rows of model.new_tokens are trained, and with "
+    "lora.modules_to_save whole matrices",
+    "resize_vocab": "model.new_tokens adds rows where there are none to spare",
 }

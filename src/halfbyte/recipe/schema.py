@@ -57,6 +57,20 @@ class ModelRecipe(Section):
         default=None,
         description="Branch, tag or commit of a hub model; the default branch if empty.",
     )
+    new_tokens: list[Name] = Field(
+        default_factory=list,
+        description="Tokens to add to the vocabulary, such as the tags of a format of your own. "
+        "Their rows of embedding and head start at the mean of the others and are trained with "
+        "the adapter.",
+    )
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        for token in value:
+            if value.count(token) > 1:
+                raise _rule("model.new_tokens", f"has {token!r} twice.")
+        return value
 
 
 class QuantizationRecipe(Section):
@@ -122,6 +136,12 @@ class LoraRecipe(Section):
         default_factory=dict,
         description="Ranks other than `r`, by a layer's name or a regular expression for its end: "
         "`{down_proj: 64}`.",
+    )
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
+        default_factory=list,
+        description="Train all of the embedding (`embed_tokens`) or the head (`lm_head`) too, for "
+        "a language or a domain of many new words: 16 bytes for each of their parameters, and "
+        "layers that are not fused. New tokens need it not.",
     )
     alpha_pattern: dict[Name, Annotated[float, Field(gt=0)] | PositiveInt] = Field(
         default_factory=dict,

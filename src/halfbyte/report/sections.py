@@ -176,6 +176,8 @@ def _adapter_variants(recipe: Recipe) -> list[tuple[str, str]]:
         "scale": "alpha / √r (rsLoRA)" if lora.use_rslora else "",
         "magnitudes": "learned apart (DoRA)" if lora.use_dora else "",
         "start of the adapter": "" if lora.init == "kaiming" else lora.init,
+        "trained whole": ", ".join(lora.modules_to_save),
+        "new tokens, trained": ", ".join(recipe.model.new_tokens),
         "rate of B": f"{ratio:g} times that of A (LoRA+)" if ratio is not None else "",
     }
     return [(name, text) for name, text in found.items() if text]

@@ -75,7 +75,7 @@ def save_start(folder: Path, assembly: Assembly, model: QLoRAModel) -> None:
             folder / FOLDER,
             initial,
             base_name=assembly.source.name,
-            **_settings(assembly.recipe.lora, model),
+            **_settings(assembly.recipe.lora, model, rows=False),
         )
 
 
@@ -96,11 +96,21 @@ def saved_adapter(lora: LoraRecipe, model: QLoRAModel) -> tuple[dict[str, Pair],
     return {name: on_original(pair, initial[name]) for name, pair in layers.items()}, settings
 
 
+@torch.no_grad()
 def put_saved(model: QLoRAModel, saved: SavedAdapter) -> None:
     """Put what :func:`saved_adapter` gave into ``model``, from a file.
 
-    Raises ModelError where the file does not hold the start that the model was quantized with.
+    Raises ModelError where the file does not hold the start that the model was quantized with, or
+    not all that is trained.
     """
+    for rows in model.rows.values():
+        found = (saved.modules if rows.whole else saved.token_rows).get(rows.name)
+        if found is None or found.shape != rows.values.shape:
+            raise ModelError(
+                f"the adapter does not hold the trained rows of {rows.name}: it is not of this "
+                "recipe."
+            )
+        rows.values.copy_(found)
     layers, initial = saved.layers, model.initial()
     if initial:
         both = {name: of_residual(pair) for name, pair in layers.items()}
@@ -114,7 +124,7 @@ def put_saved(model: QLoRAModel, saved: SavedAdapter) -> None:
     model.put_adapter(layers, saved.magnitudes)
 
 
-def _settings(lora: LoraRecipe, model: QLoRAModel) -> dict[str, Any]:
+def _settings(lora: LoraRecipe, model: QLoRAModel, rows: bool = True) -> dict[str, Any]:
     return {
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
@@ -125,4 +135,19 @@ def _settings(lora: LoraRecipe, model: QLoRAModel) -> dict[str, Any]:
         "alpha_pattern": lora.alpha_pattern,
         "use_dora": lora.use_dora,
         "magnitudes": model.magnitudes(),
+        **(_rows(model) if rows else {}),
+    }
+
+
+def _rows(model: QLoRAModel) -> dict[str, Any]:
+    """What is trained of embedding and head; of a matrix that is both, PEFT wants both."""
+    whole = [rows for rows in model.rows.values() if rows.whole]
+    some = [rows for rows in model.rows.values() if not rows.whole]
+    return {
+        "modules": {
+            name: rows.values for rows in whole for name in (rows.name, rows.tied_to) if name
+        },
+        "token_rows": {rows.name: rows.values for rows in some},
+        "token_ids": {rows.name: rows.ids for rows in some},
+        "ensure_weight_tying": any(rows.tied_to for rows in whole),
     }

@@ -113,7 +113,7 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
         return None
     compute = DTYPES[str(recipe.precision)]
     adapters = _adapters(config, recipe.lora)
-    if adapters is None:
+    if adapters is None or recipe.model.new_tokens:
         return None
     chosen, r, scale = adapters
     groups, modules, sizes = _groups(config, r, chosen)
@@ -170,7 +170,9 @@ def _adapters(config: Any, lora: LoraRecipe) -> tuple[set[str], int, float] | No
     chosen = choose_targets(names, lora.target_modules, lora.exclude_modules)
     ranks = adapter_ranks(chosen, lora.r, lora.rank_pattern)
     scales = adapter_scales(ranks, float(lora.lora_alpha), lora.alpha_pattern, lora.use_rslora)
-    if why_adapters_not_fused(ranks.values(), scales.values(), lora.use_dora) is not None:
+    if lora.modules_to_save or (
+        why_adapters_not_fused(ranks.values(), scales.values(), lora.use_dora) is not None
+    ):
         return None
     return set(chosen), ranks[chosen[0]], scales[chosen[0]]
 

@@ -27,11 +27,13 @@ from halfbyte.kernels.cache import VARIABLE as CACHE_VARIABLE
 from halfbyte.kernels.choice import PLAIN, Kernel, Kernels, choose_kernels
 from halfbyte.kernels.trial import Trial
 from halfbyte.model.causal import QLoRAModel
+from halfbyte.model.fusable import TRAINED_ENDS
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
 from halfbyte.model.lora import attach_lora
 from halfbyte.model.narrow import embedding_to_host
 from halfbyte.model.source import ModelSource
+from halfbyte.model.trained_rows import train_rows
 from halfbyte.model.varlen import NoKernelError
 from halfbyte.optim.choose import make_optimizer
 from halfbyte.optim.flat import FlatParameters, flatten_parameters
@@ -158,7 +160,8 @@ def load_model(
     )
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(False)
-    model = QLoRAModel(loaded.model, lora, compute_dtype)
+    rows = train_rows(loaded.model, source.new_tokens, recipe.lora.modules_to_save)
+    model = QLoRAModel(loaded.model, lora, compute_dtype, rows)
     for parameter in model.lora_parameters().values():
         parameter.requires_grad_(True)
     if record is not None and device.kind == "cuda":
@@ -207,6 +210,8 @@ def _fuse(
     kernels, words = _kernels(device, earlier)
     kernels = passed(trial, kernels, record)
     try:
+        if model.rows:
+            raise NotFusedError(TRAINED_ENDS)
         model.fused = FusedNetwork(model.network, model.head, model.compute_dtype, kernels)
     except NotFusedError as error:
         record(Fallback("layers as transformers has them, in place of fused ones", str(error)))
@@ -224,7 +229,12 @@ def make_trainer(assembly: Assembly, model: QLoRAModel) -> Trainer:
     """The optimizer, the schedule and the step of a run at its beginning."""
     recipe, training = assembly.recipe, assembly.recipe.training
     trained = model.lora_parameters()
-    parameters = flatten_parameters(trained, rates=rate_factors(trained, training))
+    parameters = flatten_parameters(
+        trained,
+        rates=rate_factors(trained, training),
+        # As transformers' Trainer has it: an embedding's state, most of it seldom met, is in fp32.
+        full_state=[key for key, rows in model.rows.items() if rows.whole and rows.in_embedding],
+    )
     kernels, _ = _kernels(assembly.device, assembly.earlier)
     kernels = model.kernels or kernels
     if model.fused is not None:
