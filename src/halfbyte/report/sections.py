@@ -23,7 +23,6 @@ from halfbyte.report.blocks import (
     Verbatim,
 )
 from halfbyte.report.cleaning import funnel
-from halfbyte.report.cleaning import funnel
 from halfbyte.report.page_one import is_cut, shown_in_full
 from halfbyte.report.story import Story
 from halfbyte.report.techniques import key_techniques
@@ -143,7 +142,6 @@ def _dataset(story: Story) -> list[Block]:
             ]
         )
     ]
-    blocks += funnel(story)
     blocks += funnel(story)
     if a.template == "custom":
         blocks += [Paragraph("The format of a row:"), Verbatim(story.recipe.data.template)]
