@@ -185,6 +185,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
             value = draw(groups[key] if key in groups else values(setting.schema))
             if name in ("target_modules", "exclude_modules") and isinstance(value, str):
                 value = f".*{re.escape(value)}"  # a text is a regular expression there
+            if name == "new_tokens":
+                value = list(dict.fromkeys(value))  # each once
             put(tree, setting, value)
     data = tree.setdefault("data", {})
     if draw(st.booleans()):
