@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from halfbyte.events.types import Audited, Evaluated, Kept, ModelLoaded
 from halfbyte.recipe import Recipe
@@ -17,8 +18,12 @@ def model_card(
     evaluations: list[Evaluated],
     kept: Kept | None,
     version: str,
+    notes: Sequence[str] = (),
 ) -> str:
-    """Markdown with the hub's metadata: base, data, settings, results, limits, licences."""
+    """Markdown with the hub's metadata: base, data, settings, results, limits, licences.
+
+    ``notes`` are what must be known to load the adapter.
+    """
     title = recipe.title or f"{model.name}, fine-tuned with QLoRA"
     last = {e.what: e for e in evaluations}
     if kept is not None and kept.held_out_loss is not None:
@@ -69,6 +74,7 @@ def model_card(
     lines += [
         "The format that was trained is in `chat_template.jinja`: prompt the adapter with it.",
         "",
+        *(line for note in notes for line in (note, "")),
         "## Limits",
         "",
         "The adapter learned the form and content of its training rows, their errors included. "

@@ -23,6 +23,7 @@ from halfbyte.events.types import (
     ModelLoaded,
 )
 from halfbyte.export.adapter_folder import write_adapter_folder
+from halfbyte.export.adapter_notes import adapter_notes
 from halfbyte.export.model_card import model_card
 from halfbyte.generate.answer import answer
 from halfbyte.model.adapter_files import read_adapter
@@ -81,6 +82,7 @@ def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> Non
         evaluations=[e for e in events if isinstance(e, Evaluated)],
         kept=kept,
         version=halfbyte.__version__,
+        notes=adapter_notes(recipe, assembly.source.new_tokens),
     )
     write_adapter_folder(
         folder / "adapter",
