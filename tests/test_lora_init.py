@@ -266,6 +266,18 @@ def test_a_rank_that_no_weight_has_is_refused(folder: Path) -> None:
         model_of(folder, lora_of("pissa", r=64, lora_alpha=64))
 
 
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_checkpoint_in_4_bits_has_no_weights_to_start_from(init: str) -> None:
+    from halfbyte import Recipe
+
+    class InFourBits:
+        name, stored_nf4 = "some-4bit", object()
+
+    values = {"model": {"name": "m"}, "data": {"path": "d"}, "lora": {"init": init}}
+    with pytest.raises(ModelError, match="some-4bit holds 4-bit ones; name the original model"):
+        low_rank_start(Recipe.model_validate(values), InFourBits())  # type: ignore[arg-type]
+
+
 def test_what_is_not_adapted_is_quantized_as_ever() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     found: NF4Weight = LowRankStart("pissa", {}, {}, 0)("other", weight, quantize_nf4)

@@ -33,6 +33,7 @@ class _TrainedHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         trained = slice(first, first + len(rows))
+        columns = torch.arange(weight.shape[0], device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden, d_rows = torch.empty_like(hidden), torch.zeros_like(rows)
         for start in range(0, len(hidden), size):
@@ -48,7 +49,8 @@ class _TrainedHeadLoss(torch.autograd.Function):
             losses = torch.logsumexp(z, 1, keepdim=True) - z.gather(1, label)
             total += torch.where(learned, losses, 0.0).sum()
             d_z = torch.softmax(z, 1)
-            d_z.scatter_add_(1, label, torch.full_like(losses, -1.0))
+            # No scatter_add_, which PyTorch does not promise the same bits of on a GPU.
+            d_z -= (columns == label).float()
             if slope is not None:
                 d_z *= slope
             d_z = torch.where(learned, d_z * scale, 0.0).to(weight.dtype)
