@@ -27,8 +27,8 @@ from halfbyte.data.example import Example, Message
 from halfbyte.data.template import make_template
 from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.data.turns import RowRefused
+from halfbyte.recipe.data_schema import DataRecipe, LossOn
 from halfbyte.recipe.load import load_recipe
-from halfbyte.recipe.schema import DataRecipe, LossOn
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -24,7 +24,7 @@ from halfbyte.errors import DataError
 from halfbyte.events import EventLog, read_events
 from halfbyte.events.types import Filtered, Funnel, RowShown
 from halfbyte.recipe import Recipe
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.data_schema import DataRecipe
 from halfbyte.report.make import make_report
 
 LEAST = {"filter": "length", "answer_min_words": 3}

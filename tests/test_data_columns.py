@@ -15,7 +15,7 @@ from halfbyte.data.formats.format import Origin, examples
 from halfbyte.data.formats.instruction import Instructions
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import ColumnsRecipe, SourceRecipe
+from halfbyte.recipe.data_schema import ColumnsRecipe, SourceRecipe
 
 TEXTS = {"short": "a b", "middle": "a longer text", "long": "the longest text of all of them"}
 

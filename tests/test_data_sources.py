@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from halfbyte.data.source import read_rows
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import SourceRecipe
+from halfbyte.recipe.data_schema import SourceRecipe
 
 ROWS = [
     {"instruction": "Say 1.", "input": "", "output": 'He said "one";\nthen, he left.'},

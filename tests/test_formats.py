@@ -18,7 +18,7 @@ from halfbyte.data.formats.recognise import Recognised, recognise
 from halfbyte.data.source import read_rows
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import ColumnsRecipe, JinjaRecipe, SourceRecipe
+from halfbyte.recipe.data_schema import ColumnsRecipe, JinjaRecipe, SourceRecipe
 
 USER = {"role": "user", "content": "What is 6 times 7?"}
 SAID = {"role": "assistant", "content": "42."}

@@ -18,7 +18,7 @@ from halfbyte.data.long_rows import Leading, fit_row
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.errors import DataError
 from halfbyte.recipe import Recipe
-from halfbyte.recipe.schema import LongRows
+from halfbyte.recipe.data_schema import LongRows
 
 BOS = 1
 ADDED = {0: Leading((), None), 1: Leading((BOS,), BOS), 2: Leading((BOS, 7), BOS)}

@@ -23,8 +23,8 @@ from halfbyte.data.split import shares_of
 from halfbyte.errors import DataError, RecipeError
 from halfbyte.events.types import Answered
 from halfbyte.recipe import Recipe
+from halfbyte.recipe.data_schema import SourceRecipe
 from halfbyte.recipe.load import parse_recipe
-from halfbyte.recipe.schema import SourceRecipe
 from halfbyte.report.page_one import shown_in_full
 from halfbyte.report.story import answers_of
 
@@ -255,7 +255,9 @@ def test_the_command_line_shows_what_was_recognised(
     assert f"40 of 40 of {at}/ch*.jsonl (66.7%); 20 of 40 of {at}/alpaca.jsonl (33.3%)" in shown
     assert "ch*.jsonl, alpaca.jsonl: 60 rows read" in shown
     settings = halfbyte("recipe", "recipes/r.yaml")
-    assert f"data.sources = {at}/ch*.jsonl (weight 1), {at}/alpaca.jsonl (weight 0.5)" in settings
+    chat = f"{at}/ch*.jsonl (format messages, weight 1)"
+    alpaca = f"{at}/alpaca.jsonl (format instruction, weight 0.5)"
+    assert f"data.sources = {chat}, {alpaca}" in settings
     shown = halfbyte("init", "recipes/chat.jsonl", "--model", "recipes/model", "--out", "c.yaml")
     assert "format: messages: the column messages holds messages with role and content" in shown
     assert "What is 0 + 1?" in shown

@@ -82,6 +82,7 @@ def resolved(
         max_length=max_length,
         held_out=held_out,
         template="chat",
+        formats=["instruction"],
     )
     # Nothing is left open but what is decided at the end, and a second resolving changes nothing,
     # also after a way over the disk: a run goes on from its own recipe.

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe import Recipe
+from halfbyte.recipe.data_schema import OF_ONE_SOURCE, SourceRecipe
 from halfbyte.recipe.load import parse_recipe
-from halfbyte.recipe.schema import OF_ONE_SOURCE, SourceRecipe
 from halfbyte.recipe.settings import Setting, settings_of
 from halfbyte.recipe.settings import settings as all_settings
 from halfbyte.recipe.write import commented_recipe, dump_recipe

@@ -16,7 +16,7 @@ from halfbyte.data.template import Template, make_template
 from halfbyte.data.text_template import parse_format
 from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.data_schema import DataRecipe
 from llama_tokenizer import llama_tokenizer
 
 CHATDOCTOR = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### output:\n{output}"

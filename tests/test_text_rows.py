@@ -19,7 +19,7 @@ from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.data.turns import REFUSED, UNLEARNED, RowRefused
 from halfbyte.errors import DataError
 from halfbyte.recipe import Recipe
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.data_schema import DataRecipe
 
 STORY = "It was a dark and stormy night. The rain fell in torrents, but not for long."
 

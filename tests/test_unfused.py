@@ -36,7 +36,8 @@ from halfbyte.model.attention import varlen_attention
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.varlen import DeviceRows, NoKernelError
 from halfbyte.plan.device import Device
-from halfbyte.recipe.schema import DataRecipe, ModelRecipe, RecipeFields, TrainingRecipe
+from halfbyte.recipe.data_schema import DataRecipe
+from halfbyte.recipe.schema import ModelRecipe, RecipeFields, TrainingRecipe
 from halfbyte.run import setup
 from oracle.case import Case, Family, save_model
 from oracle.ours import tokenized

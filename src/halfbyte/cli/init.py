@@ -45,7 +45,7 @@ def init(
     from halfbyte.data.source import read_rows
     from halfbyte.data.template import make_template
     from halfbyte.recipe import Recipe
-    from halfbyte.recipe.schema import SourceRecipe
+    from halfbyte.recipe.data_schema import SourceRecipe
     from halfbyte.recipe.write import commented_recipe
 
     display = Display()

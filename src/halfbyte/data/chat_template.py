@@ -27,7 +27,7 @@ from halfbyte.data.turns import (
     trace,
 )
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import LossOn
+from halfbyte.recipe.data_schema import LossOn
 
 # What Llama 3's own template falls back to.
 PINNED = date(2024, 7, 26)

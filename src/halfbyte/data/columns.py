@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from halfbyte.data.table import Cells, Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import SourceRecipe
+from halfbyte.recipe.data_schema import SourceRecipe
 
 # Names that datasets give these columns, the surest first; compared without case, and with
 # anything but letters and digits left out.

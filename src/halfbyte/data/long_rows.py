@@ -17,7 +17,7 @@ import numpy as np
 
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.tokenize import cut, leading_ids
-from halfbyte.recipe.schema import LongRows
+from halfbyte.recipe.data_schema import LongRows
 
 TOO_LONG = "more tokens than data.max_length"
 

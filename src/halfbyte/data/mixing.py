@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 
 from halfbyte.events.types import Choice
-from halfbyte.recipe.schema import SourceRecipe
+from halfbyte.recipe.data_schema import SourceRecipe
 
 
 @dataclass(frozen=True)

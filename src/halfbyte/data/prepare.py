@@ -27,7 +27,7 @@ from halfbyte.data.turns import REFUSED, UNLEARNED
 from halfbyte.errors import DataError
 from halfbyte.events.types import Audited, Choice, Found, Funnel
 from halfbyte.recipe import Recipe
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.data_schema import DataRecipe
 
 SHORTEST = 8  # the least that data.max_length takes
 
@@ -42,6 +42,7 @@ class Prepared:
     held_out_rows: list[Example]  # of held_out, which has several of one that was split
     max_length: int
     template: Template
+    formats: list[str]  # of the sources, in their order
     audit: Audited
     choices: list[Choice]
     warnings: list[str]
@@ -145,6 +146,7 @@ def prepare(
         held_out_rows=held_out_rows,
         max_length=max_length,
         template=template,
+        formats=read.formats,
         audit=audit,
         choices=[*read.choices, *choices],
         warnings=[

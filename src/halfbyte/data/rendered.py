@@ -9,7 +9,7 @@ from halfbyte.data.batch import Segment
 from halfbyte.data.example import Example
 from halfbyte.data.template import Template
 from halfbyte.data.turns import REFUSED, RowRefused, says
-from halfbyte.recipe.schema import LossOn
+from halfbyte.recipe.data_schema import LossOn
 
 NAMED = 3  # rows of those that were refused
 

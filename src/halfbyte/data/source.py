@@ -11,7 +11,7 @@ from pathlib import Path
 
 from halfbyte.data.table import ARROW_SUFFIXES, PACKED, SUFFIXES, Cells, Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import SourceRecipe
+from halfbyte.recipe.data_schema import SourceRecipe
 
 # NAME or OWNER/NAME, as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -10,7 +10,7 @@ from typing import Any
 from halfbyte.data.source_json import columns_of
 from halfbyte.data.table import SUFFIXES, Cells, Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import SourceRecipe
+from halfbyte.recipe.data_schema import SourceRecipe
 
 ROWS_AT_ONCE = 1024
 

@@ -16,7 +16,7 @@ from halfbyte.data.source import read_rows
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
-from halfbyte.recipe.schema import DataRecipe, SourceRecipe
+from halfbyte.recipe.data_schema import DataRecipe, SourceRecipe
 
 SHARE = 20  # one row in so many is held out
 MOST = 200  # an evaluation costs time, and so many rows tell a loss to about a hundredth

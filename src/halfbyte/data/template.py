@@ -19,7 +19,7 @@ from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_forma
 from halfbyte.data.turns import last_assistant
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
-from halfbyte.recipe.schema import DataRecipe, LossOn
+from halfbyte.recipe.data_schema import DataRecipe, LossOn
 
 TEXTS = "the rows are texts without questions, which are learned as they stand"
 

@@ -9,7 +9,7 @@ from halfbyte.data.batch import Segment
 from halfbyte.data.example import Example
 from halfbyte.data.tokenize import leading_text
 from halfbyte.data.turns import UNLEARNED, RowRefused
-from halfbyte.recipe.schema import LossOn
+from halfbyte.recipe.data_schema import LossOn
 
 LONGEST_OPENING = 400  # characters
 

@@ -19,7 +19,7 @@ from halfbyte.data.turns import (
     nothing_learned,
 )
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import LossOn
+from halfbyte.recipe.data_schema import LossOn
 
 FIELDS = ("instruction", "input", "output")
 

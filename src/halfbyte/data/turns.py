@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from halfbyte.data.batch import Segment
 from halfbyte.data.example import Example, Message
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import LossOn
+from halfbyte.recipe.data_schema import LossOn
 
 Conversation = Sequence[dict[str, Any]]
 MARK = "\U000f1a7e"  # of the characters that mean nothing, so that no row holds it

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from halfbyte.events.types import Choice, Event, Warned
 from halfbyte.plan import defaults
+from halfbyte.plan.decisions import Decisions
 from halfbyte.plan.device import Device, find_device
 from halfbyte.plan.precision import precision_warning
-from halfbyte.plan.resolve import LOSS_AT_STEPS, Decisions, decide_device
+from halfbyte.plan.resolve import LOSS_AT_STEPS, decide_device
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.settings import get, settings
 

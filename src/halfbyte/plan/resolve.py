@@ -7,7 +7,7 @@ run can go on from its own recipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.data.batch import TokenizedRow
@@ -20,6 +20,7 @@ from halfbyte.model.fusable import TRAINED_ENDS, why_adapters_not_fused
 from halfbyte.model.lora_targets import adapter_ranks, adapter_scales, choose_targets
 from halfbyte.plan import defaults
 from halfbyte.plan.buckets import ROUNDED_TO, batch_sizes
+from halfbyte.plan.decisions import Decisions
 from halfbyte.plan.device import Device
 from halfbyte.plan.memory import Setup, optimizer_bytes, weight_bytes
 from halfbyte.plan.parameters import ModelShape, model_shape
@@ -45,7 +46,6 @@ from halfbyte.plan.strategy import (
 from halfbyte.plan.units import Units
 from halfbyte.plan.warn import warnings_of
 from halfbyte.recipe import Recipe
-from halfbyte.recipe.settings import get, is_stated
 
 # bitsandbytes pages the state of a parameter of at least so many elements.
 PAGED_FROM = 100_000
@@ -73,42 +73,6 @@ class Resolved:
     embedding_on_host: bool = False
 
 
-@dataclass
-class Decisions:
-    """A copy of the recipe in which "auto" gives way to values, and why."""
-
-    recipe: Recipe
-    choices: list[Choice] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Decisions:
-        return cls(recipe.model_copy(deep=True))
-
-    def is_open(self, key: str) -> bool:
-        return bool(get(self.recipe, key) == "auto")
-
-    def auto(self, key: str, decide: Callable[[], tuple[Any, str]]) -> None:
-        """Decide ``key`` if the recipe leaves it open."""
-        if self.is_open(key):
-            self.set(key, *decide())
-
-    def set(self, key: str, value: Any, reason: str) -> None:
-        """Give ``key`` a value that the recipe does not state."""
-        self.choices.append(Choice(key, get(self.recipe, key), value, reason))
-        self.put(key, value)
-
-    def put(self, key: str, value: Any) -> None:
-        """Give ``key`` a value of which somebody else has told."""
-        section, _, name = key.rpartition(".")
-        setattr(get(self.recipe, section) if section else self.recipe, name, value)
-
-    def tell_defaults(self) -> None:
-        """The reasons of the defaults of what the recipe does not mention."""
-        for key, reason in defaults.FIXED.items():
-            if not is_stated(self.recipe, key):
-                self.choices.append(Choice(key, None, get(self.recipe, key), reason))
-
-
 def resolve(
     recipe: Recipe,
     *,
@@ -118,6 +82,7 @@ def resolve(
     max_length: int,
     held_out: int,
     template: str | None = None,
+    formats: Sequence[str] = (),
     train: Sequence[TokenizedRow] = (),
     packs: Packs | None = None,
     stored: StoredNF4 | None = None,
@@ -125,9 +90,10 @@ def resolve(
     """Decide what ``recipe`` leaves open.
 
     ``model_config`` is transformers'; ``rows`` the rows that train, ``held_out`` those that do
-    not, ``max_length`` the longest row in tokens and ``template`` the template's name, as the
-    data room has decided and told of them. With the rows that ``train`` memory is planned for the
-    largest batch that they make, and without them for batches of nothing but longest rows.
+    not, ``max_length`` the longest row in tokens, ``template`` the template's name and ``formats``
+    those of the sources, as the data room has decided and told of them. With the rows that
+    ``train`` memory is planned for the largest batch that they make, and without them for batches
+    of nothing but longest rows.
     ``packs`` are those of the rows where they are packed; what a batch, a step and an epoch count
     are then packs. ``stored`` says how the model is in 4 bits already, if it is. Raises ModelError
     for target modules that the model lacks.
@@ -137,7 +103,7 @@ def resolve(
     decide_device(decided, device)
     for choice in [] if stored is None else as_stored(recipe, stored):
         decided.set(choice.key, choice.value, choice.reason)
-    _put_data(decided, max_length, held_out, template)
+    _put_data(decided, max_length, held_out, template, formats)
     decided.tell_defaults()
     decided.choices += about_experts(shape)
     decided.auto("lora.lora_alpha", lambda: defaults.lora_alpha(decided.recipe.lora))
@@ -228,7 +194,19 @@ def decide_device(decided: Decisions, device: Device) -> None:
     decided.auto("precision", lambda: choose_precision(device))
 
 
-def _put_data(decided: Decisions, max_length: int, held_out: int, template: str | None) -> None:
+def _put_data(
+    decided: Decisions,
+    max_length: int,
+    held_out: int,
+    template: str | None,
+    formats: Sequence[str],
+) -> None:
+    data = decided.recipe.data
+    if data.sources:
+        for source, format in zip(data.sources, formats, strict=False):
+            source.format = format  # type: ignore[assignment]
+    elif formats:
+        decided.put("data.format", formats[0])
     if decided.is_open("data.max_length"):
         decided.put("data.max_length", max_length)
     if decided.is_open("data.held_out"):

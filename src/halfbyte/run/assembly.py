@@ -114,6 +114,7 @@ def assemble(
         max_length=data.max_length,
         held_out=len(data.held_out_rows),
         template=data.template.name,
+        formats=data.formats,
         train=data.train,
         packs=packs,
         stored=source.stored_nf4,

@@ -11,7 +11,7 @@ from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.example import Example
 from halfbyte.data.template import Template
 from halfbyte.events.types import Found
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.data_schema import DataRecipe
 
 # Before a run the costly checks look at so many rows, spread evenly: a mistake that spoils a run
 # is in more than a few of them. `halfbyte data` looks at all.

@@ -10,7 +10,7 @@ from halfbyte.data.split import Rows
 from halfbyte.errors import DataError
 from halfbyte.events.types import Funnel
 from halfbyte.recipe.cleaning import OverlapWithHeldOut
-from halfbyte.recipe.schema import DataRecipe
+from halfbyte.recipe.data_schema import DataRecipe
 
 CLEANING = "cleaning"  # the reason for which the audit counts the rows that filters dropped
 

@@ -15,7 +15,7 @@ from halfbyte.data.formats.cells import Unreadable
 from halfbyte.data.formats.format import Origin
 from halfbyte.data.table import Cells
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import JinjaRecipe
+from halfbyte.recipe.data_schema import JinjaRecipe
 
 NAMES = ("system", "user", "assistant", "text")
 

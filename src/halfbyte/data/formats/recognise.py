@@ -33,7 +33,7 @@ from halfbyte.data.formats.prompt_completion import PromptCompletions
 from halfbyte.data.formats.text import Texts
 from halfbyte.data.table import Table
 from halfbyte.errors import DataError
-from halfbyte.recipe.schema import SourceRecipe
+from halfbyte.recipe.data_schema import SourceRecipe
 
 COMPLETION_NAMES = ("completion", "chosen")
 TOOLS_NAMES = ("tools", "functions")
