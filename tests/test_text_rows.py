@@ -268,6 +268,6 @@ def test_what_a_template_passes_over_is_told(tmp_path: Path) -> None:
     rows[2]["messages"][1]["reasoning_content"] = "Hm."
     for name, told in (("phi-4", 1), ("qwen-3", 0)):
         found = prepare(recipe_of(tmp_path, rows, held_out=0), tokenizer_of(name), 512)
-        unused = [finding.text for finding in found.findings if finding.name == "unused-column"]
+        unused = [finding.text for finding in found.findings if finding.name == "left-out"]
         assert len(unused) == told
         assert all(text.startswith("1 of 6 rows have reasoning") for text in unused)

@@ -9,6 +9,7 @@ import typer
 import halfbyte
 from halfbyte.cli.bench import bench
 from halfbyte.cli.chat import chat
+from halfbyte.cli.data import data
 from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
 from halfbyte.cli.errors import Commands
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 app.command(cls=Train, short_help="Fine-tune a model as a recipe says.")(train)
 app.command(short_help="Write a recipe for your own rows.")(init)
+app.command(short_help="Show what training will see, and what is wrong with it.")(data)
 app.command(short_help="Show a recipe's settings, each with its reason.")(recipe)
 app.command(short_help="Write a run's report again, or compare several.")(report)
 app.command(short_help="Talk with a fine-tuned model.")(chat)

@@ -91,7 +91,7 @@ def finding_block(found: Found) -> tuple[Block, str]:
 
 
 def _places(found: Found) -> str:
-    rows = ", ".join(f"{row + 1:,}" for row in found.rows)
+    rows = ", ".join(found.places)
     more = ", …" if found.count > len(found.rows) else ""
     examples = "; ".join(found.examples)
     return f"row{'s' if found.count > 1 else ''} {rows}{more}" + (

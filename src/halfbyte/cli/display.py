@@ -141,6 +141,10 @@ class Display:
         self._clear_phase()
         self._phase = None
 
+    def flush(self) -> None:
+        """Say the choices that were held back to be laid out together."""
+        self._flush_choices()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Shows a phase of the command's own, which the run's record knows nothing of."""

@@ -1,7 +1,8 @@
 """How a command ends when something is wrong.
 
 Exit codes: 0 done; 2 the user can mend it (one sentence on standard error) or typed it wrong; 130
-stopped by Ctrl-C; 1, with its traceback, a defect of halfbyte.
+stopped by Ctrl-C; 1 what `halfbyte data` looked at has errors, or, with its traceback, a defect of
+halfbyte.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 from halfbyte.cli.units import visible
 from halfbyte.errors import HalfbyteError
 
+FOUND_ERRORS = 1
 USER_ERROR = 2
 STOPPED = 130
 

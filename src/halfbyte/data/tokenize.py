@@ -7,6 +7,7 @@ follows from the characters that the tokenizer says it covers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +22,8 @@ from halfbyte.errors import DataError
 # Rows in one call: enough that the tokenizer's threads have work, and few enough that the last
 # call, which nothing is done beside, is short.
 ROWS_AT_ONCE = 1024
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def tokenize_rows(
@@ -62,7 +65,11 @@ def _encodings(backend: Any, rows: Sequence[Sequence[Segment]]) -> Iterator[Any]
     def encode(start: int) -> list[Any]:
         chunk = rows[start : start + ROWS_AT_ONCE]
         texts = ["".join(segment.text for segment in row) for row in chunk]
-        encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
+        try:
+            encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
+        except TypeError:  # what it says of a text that UTF-8 cannot hold
+            whole = [whole_characters(text) for text in texts]
+            encodings = backend.encode_batch(whole, add_special_tokens=False)
         return encodings
 
     with ThreadPoolExecutor(1) as ahead:
@@ -114,6 +121,11 @@ def _learned_by_offsets(
     token_ends = flat[1::2]
     owner = np.searchsorted(ends, token_ends, side="left")
     return learn[np.minimum(owner, len(segments) - 1)]
+
+
+def whole_characters(text: str) -> str:
+    """``text`` with U+FFFD for each half of a surrogate pair, which JSON can hold and UTF-8 not."""
+    return _HALF.sub("\ufffd", text)
 
 
 def leading_ids(tokenizer: Any) -> list[int]:

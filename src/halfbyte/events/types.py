@@ -181,6 +181,7 @@ class Found(Event):
     count: int = 0  # rows that it concerns; 0 where it is no matter of single rows
     of: int = 0  # rows looked at
     rows: list[int] = field(default_factory=list)  # the first few, numbers in the source from 0
+    sources: list[int] = field(default_factory=list)  # of these rows; empty where there is one
     examples: list[str] = field(default_factory=list)  # pieces of them, private data hidden
     accepted: bool = False  # an error that the recipe accepts by name
 
@@ -188,6 +189,14 @@ class Found(Event):
     def sentence(self) -> str:
         """What is so and what to do."""
         return f"{self.text}; {self.todo}."
+
+    @property
+    def places(self) -> list[str]:
+        """``rows`` as a person counts them, from 1."""
+        if not self.sources:
+            return [f"{row + 1:,}" for row in self.rows]
+        pairs = zip(self.rows, self.sources, strict=True)
+        return [f"{row + 1:,} of source {source + 1}" for row, source in pairs]
 
     @property
     def stops(self) -> bool:

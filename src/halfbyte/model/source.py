@@ -157,6 +157,24 @@ def _open(model: ModelRecipe) -> ModelSource:
     )
 
 
+def open_tokenizer(model: ModelRecipe) -> tuple[Any, Any]:
+    """The tokenizer and the transformers configuration of a model, looked for as ``open_model``
+    does.
+
+    No weight is read, and none downloaded but where a GGUF file holds these settings too. Raises
+    ModelError.
+    """
+    name, folder = model.name, Path(model.name).expanduser()
+    if not folder.exists() and folder.suffix != ".gguf" and looks_like_hub_name(name):
+        found = find_hub_model(name, model.revision)
+        folder = folder if found.gguf else found.folder
+    if folder.is_dir() and not any(folder.glob("*.gguf")):
+        config = read_config(folder, name)
+        return load_tokenizer(folder, name, config.model_type), config
+    source = open_model(model)
+    return source.tokenizer, source.config
+
+
 def _open_hub_model(name: str, revision: str | None) -> ModelSource:
     found = find_hub_model(name, revision)
     if not found.gguf:

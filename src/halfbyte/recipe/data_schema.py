@@ -118,8 +118,11 @@ Acceptable = Literal[
     "held-out-in-training",
     "nothing-learned",
     "prompt-in-answer",
+    "refused-rows",
     "same-answers",
     "template-in-rows",
+    "too-long",
+    "unlearned-rows",
     "wrong-labels",
 ]
 

@@ -127,6 +127,52 @@ class Sample(Block):
 
 
 @dataclass(frozen=True)
+class Legend(Block):
+    """What tells tokens that carry loss from those that do not."""
+
+    kind: ClassVar[str] = "legend"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token; ``text`` is empty where it has no character of its own."""
+
+    id: int
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Tokens(Block):
+    """One row token by token; ``left_out`` of its tokens lie between ``head`` and ``tail``."""
+
+    kind: ClassVar[str] = "tokens"
+    title: str
+    note: str
+    head: Sequence[Token]
+    left_out: int
+    tail: Sequence[Token]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that an audit found: ``severity`` is error, accepted, warning or note."""
+
+    severity: str
+    name: str
+    text: str
+    todo: str
+    where: str
+    examples: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Findings(Block):
+    kind: ClassVar[str] = "findings"
+    findings: Sequence[Finding]
+
+
+@dataclass(frozen=True)
 class Picture(Block):
     """A plot by its name; ``alt`` says in words what it shows."""
 
@@ -155,3 +201,5 @@ class Document:
     page_one: Sequence[Section]
     sections: Sequence[Section]
     appendices: Sequence[Section] = field(default_factory=list)
+    contents: bool = True  # whether a table of contents precedes the sections
+    good: bool = False  # whether a state other than "finished" is as it should be

@@ -51,7 +51,12 @@ def _environment() -> Environment:
             return escape(clean(text))
         return Markup(re.sub(r"([/_.\\])(?=\w)", r"\1<wbr>", str(escape(clean(text)))))
 
+    def ends(text: str) -> Markup:
+        """A token's text with its line feeds shown, since they are what the model sees."""
+        return Markup(str(escape(clean(text))).replace("\n", '<i class="nl">↵</i>\n'))
+
     environment.filters["drawing"] = drawing
+    environment.filters["ends"] = ends
     environment.filters["breakable"] = breakable
     environment.tests["code"] = lambda value: isinstance(value, Code)
     environment.globals["longest_whole"] = LONGEST_WHOLE

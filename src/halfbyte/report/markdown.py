@@ -12,6 +12,8 @@ from halfbyte.report.blocks import (
     Code,
     Document,
     Facts,
+    Finding,
+    Findings,
     Heading,
     Items,
     Paragraph,
@@ -106,6 +108,8 @@ def _block(block: Block, level: int) -> list[str]:
             return [line for answer in answers for line in _answer(answer, level)]
         case Sample(segments, caption):
             return _sample(segments, caption)
+        case Findings(findings):
+            return [line for finding in findings for line in _finding(finding)] + [""]
         case Picture(name, alt, caption):
             return [f"![{escape(alt)}](plots/{name}.png)", "", *_caption(caption)]
         case _:
@@ -139,6 +143,15 @@ def _answer(answer: Shown, level: int) -> list[str]:
     ):
         lines += [f"{name}:", "", *fenced(text)]
     return lines
+
+
+def _finding(finding: Finding) -> list[str]:
+    said = [f"**{finding.severity}** {code(finding.name)}: {escape(finding.text)}"]
+    said += [escape(finding.todo)]
+    if finding.where:
+        shown = "; ".join(code(example) for example in finding.examples)
+        said.append(escape(finding.where) + (f": {shown}" if shown else "") + ".")
+    return [f"- {' '.join(said)}"]
 
 
 def _sample(segments: Iterable[tuple[str, bool]], caption: str) -> list[str]:

@@ -23,6 +23,7 @@ from halfbyte.report.blocks import (
     Verbatim,
 )
 from halfbyte.report.cleaning import funnel
+from halfbyte.report.findings import findings
 from halfbyte.report.page_one import is_cut, shown_in_full
 from halfbyte.report.story import Story
 from halfbyte.report.techniques import key_techniques
@@ -145,6 +146,7 @@ def _dataset(story: Story) -> list[Block]:
     blocks += funnel(story)
     if a.template == "custom":
         blocks += [Paragraph("The format of a row:"), Verbatim(story.recipe.data.template)]
+    blocks += findings(story)
     if a.sample:
         blocks.append(Heading("A sample as trained"))
         blocks.append(

@@ -96,7 +96,7 @@ def assemble(
     that goes on with choices made before; steps are then made as ``earlier`` says, unless the
     machine or the software is another one.
     """
-    asked_path, recipe = recipe.data.name, _located_recipe(recipe, recipe_folder)
+    asked_path, recipe = recipe.data.name, located_recipe(recipe, recipe_folder)
     device = find_device(recipe.device)
     emit(environment_event(device))
     with emit.phase("model"):
@@ -145,7 +145,8 @@ def assemble(
     return Assembly(resolved.recipe, source, data, device, resolved, earlier, packs)
 
 
-def _located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:
+def located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:
+    """``recipe`` with its paths as they are found, from here or from ``folder``."""
     model = recipe.model.model_copy(update={"name": _located(recipe.model.name, folder)})
     sources = [
         source.model_copy(update={"path": _located(source.path, folder)})

@@ -184,7 +184,7 @@ def _left_out(subject: Subject) -> list[Found]:
         if places:
             found.append(
                 subject.found(
-                    "unused-column",
+                    "left-out",
                     "warning",
                     f"{len(places):,} of {len(subject.rows):,} rows have {what}, for which the "
                     "template has no place: it is left out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 from halfbyte.data.audit.private import hidden
@@ -19,7 +20,7 @@ NEAR = NearDuplicates(filter="near_duplicates")
 
 def find_copies(subject: Subject) -> list[Found]:
     """Findings on duplicates and on held-out rows that train as well."""
-    keys = [row_key(row, "row", normalize=False) for row in subject.rows]
+    keys = {place: row_key(subject.rows[place], "row", normalize=False) for place in subject.whole}
     copies = _copies(keys)
     near: list[int] = []
     near_held_out: set[int] = set()
@@ -32,11 +33,11 @@ def find_copies(subject: Subject) -> list[Found]:
     ]
 
 
-def _copies(keys: list[bytes | None]) -> list[int]:
+def _copies(keys: Mapping[int, bytes | None]) -> list[int]:
     """The places of rows that were there before."""
     seen: set[bytes | None] = set()
     places = []
-    for place, key in enumerate(keys):
+    for place, key in keys.items():
         if key in seen:
             places.append(place)
         seen.add(key)
@@ -49,9 +50,14 @@ def _near(subject: Subject, copies: set[int]) -> tuple[list[int], set[int]]:
 
     Held-out rows that are like one another already are not counted.
     """
-    rows, held_out = list(subject.rows), list(subject.held_out)
+    rows = [subject.rows[place] for place in subject.whole]
+    held_out = list(subject.held_out)
     verdicts = [verdict is not None for verdict in near_duplicates(NEAR, [*rows, *held_out])]
-    near = [place for place in range(len(rows)) if verdicts[place] and place not in copies]
+    near = [
+        place
+        for place, known in zip(subject.whole, verdicts, strict=False)
+        if known and place not in copies
+    ]
     among = [verdict is not None for verdict in near_duplicates(NEAR, held_out)]
     both = zip(verdicts[len(rows) :], among, strict=True)
     return near, {place for place, (known, twice) in enumerate(both) if known and not twice}
@@ -60,7 +66,7 @@ def _near(subject: Subject, copies: set[int]) -> tuple[list[int], set[int]]:
 def _duplicates(subject: Subject, places: list[int]) -> list[Found]:
     if not places:
         return []
-    count = len(subject.rows)
+    count = len(subject.whole)
     return [
         subject.found(
             "duplicates",
@@ -77,7 +83,7 @@ def _duplicates(subject: Subject, places: list[int]) -> list[Found]:
 def _near_duplicates(subject: Subject, places: list[int]) -> list[Found]:
     if not places:
         return []
-    count = len(subject.rows)
+    count = len(subject.whole)
     return [
         subject.found(
             "near-duplicates",
@@ -95,8 +101,8 @@ def _shown(subject: Subject, places: list[int]) -> list[str]:
     return [hidden(shown_part(subject.rows[place], "row")) for place in places[:3]]
 
 
-def _held_out(subject: Subject, keys: list[bytes | None], near: set[int]) -> list[Found]:
-    trained = {key: place for place, key in enumerate(keys)}
+def _held_out(subject: Subject, keys: Mapping[int, bytes | None], near: set[int]) -> list[Found]:
+    trained = {key: place for place, key in keys.items()}
     known = [row_key(row, "row", normalize=False) for row in subject.held_out]
     exact = {place for place, key in enumerate(known) if key in trained}
     found = exact | near

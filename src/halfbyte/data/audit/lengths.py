@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfbyte.data.audit.subject import NOTHING_LEFT, Subject
+from halfbyte.data.long_rows import TOO_LONG
 from halfbyte.events.types import Found
 
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -76,7 +77,7 @@ def _cut(subject: Subject) -> list[Found]:
         return []
     tokens = sum(tokenized[place].cut for place in cut)
     share = tokens / (tokens + sum(map(len, tokenized)))
-    from_left = getattr(subject.data, "long_rows", "cut_right") == "cut_left"
+    from_left = subject.data.long_rows == "cut_left"
     lost = "the beginning of their question" if from_left else "the end of their answer"
     return [
         subject.found(
@@ -91,14 +92,22 @@ def _cut(subject: Subject) -> list[Found]:
 
 
 def _nothing(subject: Subject) -> list[Found]:
-    """Rows that were left out since no label was in what is kept of them."""
-    return subject.left_out(
-        "nothing-learned",
-        NOTHING_LEFT,
-        "hold no token that is learned once they are cut to "
-        f"{subject.max_length:,} tokens, and are left out",
-        "raise data.max_length, shorten the questions, or look at data.loss_on",
-    )
+    """Rows that were left out since there is nothing to learn, or more than fits."""
+    length = f"{subject.max_length:,} tokens"
+    return [
+        *subject.left_out(
+            "nothing-learned",
+            NOTHING_LEFT,
+            f"hold no token that is learned once they are cut to {length}, and are left out",
+            "raise data.max_length or shorten the questions",
+        ),
+        *subject.left_out(
+            "too-long",
+            TOO_LONG,
+            f"are longer than {length} and left out, as data.long_rows says",
+            "raise data.max_length, or cut or split them by data.long_rows",
+        ),
+    ]
 
 
 def _few(subject: Subject) -> list[Found]:

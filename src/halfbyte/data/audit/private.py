@@ -101,8 +101,9 @@ def _ibans(text: str) -> Iterator[Private]:
 
 # ---- numbers ------------------------------------------------------------------------------------
 
-# Seven signs and more of digits and what stands between them: all numbers below lie in one.
-_RUN = re.compile(r"[\d(+][\d ().\-/]{5,}\d")
+# Seven signs and more of digits and what stands between them: all numbers below lie in one. So long
+# that it holds several, and not longer, since what has no digit at its end is tried anew.
+_RUN = re.compile(r"[\d(+][\d ().\-/]{5,96}\d")
 
 _CARD = re.compile(r"(?<!\d)[3-6]\d{3}(?:[ -]?\d){9,15}(?!\d)")
 _SSN = re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])")
@@ -110,15 +111,19 @@ _CPF = re.compile(r"(?<!\d)\d{3}\.\d{3}\.\d{3}-\d\d(?!\d)")
 _CHINESE = re.compile(r"(?<!\d)[1-9]\d{5}(?:19|20)\d{9}[\dXx](?![\dA-Za-z])")
 _DNI = re.compile(r"(?<!\d)\d{8}-?[A-HJ-NP-TV-Z](?![A-Za-z0-9])")
 _NHS = re.compile(r"(?<!\d)\d{3}[ -]?\d{3}[ -]?\d{4}(?!\d)")
+# With the country's code, in up to so many groups: as many as have no more digits than any number.
+_ABROAD = [
+    re.compile(rf"\+\d{{1,3}}(?:[ .\-]?\(\d{{1,5}}\))?(?:[ .\-]?\d{{1,5}}){{1,{groups}}}(?!\d)")
+    for groups in range(6, 0, -1)
+]
 _PHONES = (
-    re.compile(r"\+\d{1,3}(?:[ .\-]?\(?\d{1,5}\)?){2,6}(?!\d)"),  # with the country's code
     # North America: (212) 555-0187, 212-555-0187, 212.555.0187
     re.compile(
         r"(?<![\d.\-/])(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4}(?![\d-])"
     ),
     # Britain: 020 7946 0018, 0161 496 0123, 07700 900123
     re.compile(r"(?<![\d.\-/])0(?:2\d \d{4} \d{4}|\d{3} \d{3} \d{4}|\d{4} ?\d{6})(?![\d-])"),
-    re.compile(r"(?<![\d.\-/])0[1-9](?:[ .-]\d\d){4}(?![\d.\-/])"),  # France: 01 99 00 27 53
+    re.compile(r"(?<![\d.\-/])0[1-9](?:[ .-]\d\d){4}(?!\d|[.\-/]\d)"),  # France: 01 99 00 27 53
     re.compile(r"(?<![\d.\-/])0\d{2,4}[/-]\d{5,8}(?!\d)"),  # Germany: 030/23125014
 )
 # Anybody may call these: not private.
@@ -166,6 +171,14 @@ def _in_run(text: str, start: int, end: int) -> Iterator[Private]:
             if _nhs(match[0]):
                 yield Private(IDENTITY, match.start(), match.end())
                 return
+    abroad = wide.find("+")
+    while abroad >= 0:
+        for pattern in _ABROAD:
+            number = pattern.match(wide, abroad)
+            if number and 9 <= len(_digits(number[0])) <= 15 and not _FREE.match(number[0]):
+                yield Private(PHONE, shift + number.start(), shift + number.end())
+                break
+        abroad = wide.find("+", abroad + 1)
     for pattern in _PHONES:
         for match in pattern.finditer(wide):
             if 9 <= len(_digits(match[0])) <= 15 and not _FREE.match(match[0]):

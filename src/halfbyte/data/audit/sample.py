@@ -9,7 +9,7 @@ from typing import Any
 from halfbyte.data.audit.private import hidden
 from halfbyte.data.batch import Segment, TokenizedRow
 from halfbyte.data.long_rows import Leading
-from halfbyte.data.tokenize import leading_ids
+from halfbyte.data.tokenize import leading_ids, whole_characters
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,22 @@ class Piece:
     learned: bool
 
 
+@dataclass(frozen=True)
+class RowAsTrained:
+    """A row with its tokens; ``row`` is its number in its source, both counted from 0."""
+
+    row: int
+    source: int
+    cut: int  # tokens that were taken off
+    pieces: list[Piece]
+
+
 def pieces_of(tokenizer: Any, segments: Sequence[Segment], row: TokenizedRow) -> list[Piece]:
     """The tokens of ``row`` with the text that each stands for, private data hidden.
 
     Joined, the texts are what was tokenized, special tokens included, as far as the row has it.
     """
-    text = "".join(segment.text for segment in segments)
+    text = whole_characters("".join(segment.text for segment in segments))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [end for _, end in encoded["offset_mapping"]]
     if ends:

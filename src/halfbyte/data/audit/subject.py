@@ -19,7 +19,7 @@ LOOKED_AT = 1000
 ROWS_NAMED = 5
 EXAMPLES = 3
 
-# Why rows are left out, as Audited.rows_dropped says it.
+# Why rows are left out, as Audited.rows_dropped says it; more are in turns and long_rows.
 EMPTY_ANSWER = "empty answer"
 NOTHING_LEFT = "nothing to learn after cutting"
 # A mistake in more than half of the rows is one of the whole file, and in fewer than one in
@@ -51,6 +51,15 @@ class Subject:
         step = 1 if self.thorough else max(1, -(-len(self.rows) // LOOKED_AT))
         return range(0, len(self.rows), step)
 
+    @cached_property
+    def whole(self) -> list[int]:
+        """Places in ``rows``, one for each row of a source.
+
+        A conversation may have become several rows, of which the last holds the others.
+        """
+        last = {(row.source, row.row): place for place, row in enumerate(self.rows)}
+        return sorted(last.values())
+
     def share(self, places: Sequence[int]) -> float:
         """Of the rows looked at."""
         return len(places) / max(1, len(self.looked_at))
@@ -71,6 +80,7 @@ class Subject:
         examples: Sequence[str] = (),
     ) -> Found:
         """A finding on the rows at ``places``, all of them."""
+        named = [self.rows[place] for place in places[:ROWS_NAMED]]
         return Found(
             name=name,
             severity=severity,
@@ -78,7 +88,8 @@ class Subject:
             todo=todo,
             count=len(places),
             of=len(self.looked_at),
-            rows=[self.rows[place].row for place in places[:ROWS_NAMED]],
+            rows=[row.row for row in named],
+            sources=[row.source for row in named] if self.data.sources else [],
             examples=list(examples[:EXAMPLES]),
         )
 

@@ -9,7 +9,7 @@ from halfbyte.data.audit.subject import Subject, fields_of, snippet
 from halfbyte.data.batch import Segment
 from halfbyte.data.chat_template import own_template
 from halfbyte.data.example import Example
-from halfbyte.data.tokenize import tokenize_rows
+from halfbyte.data.tokenize import tokenize_rows, whole_characters
 from halfbyte.data.turns import last_assistant, learned_messages
 from halfbyte.errors import DataError
 from halfbyte.events.types import Found
@@ -78,11 +78,12 @@ def _in_rows(subject: Subject) -> list[Found]:
     """Rows whose own text was rendered already."""
     written = _written_by(subject)
     known = _marks_of_model(subject.tokenizer)
+    end = subject.tokenizer.eos_token or ""  # an answer may bring it along
     places, examples, families = [], [], []
     for place in subject.looked_at:
         row = subject.rows[place]
         for text in fields_of(row):
-            found = family_of(text)
+            found = family_of(text.removesuffix(end))
             if found is None:
                 continue
             family, match = found
@@ -142,7 +143,7 @@ def _foreign(subject: Subject) -> list[Found]:
     written = _blank_row(subject)
     token_of = tokenizer.backend_tokenizer.token_to_id
     unknown = [mark for mark in _LIKE_A_TOKEN.findall(written) if token_of(mark) is None]
-    if unknown:
+    if unknown and template.name != "chat":  # some models write such marks in letters themselves
         pieces = len(tokenizer(unknown[0], add_special_tokens=False)["input_ids"])
         return [
             subject.found(
@@ -184,11 +185,11 @@ def _special_tokens(subject: Subject) -> list[Found]:
     special = sorted({t for t in tokenizer.all_special_tokens if t}, key=len, reverse=True)
     if not special:
         return []
-    end = tokenizer.eos_token or ""
+    begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""  # judged as tokens
     places, examples, first = [], [], ""
     for place in subject.looked_at:
         row = subject.rows[place]
-        text = "\n".join(fields_of(row)).removesuffix(end)
+        text = "\n".join(fields_of(row)).removesuffix(end).removeprefix(begin)
         token = next((token for token in special if token in text), None)
         if token is None or (row.text is not None and family_of(text)):
             continue
@@ -220,7 +221,7 @@ def _joined(subject: Subject) -> list[Found]:
     places = [
         place
         for place in range(min(JOINTS, len(subject.rows)))
-        if subject.rows[place].text is None and not getattr(subject.tokenized[place], "start", 0)
+        if subject.rows[place].text is None and not subject.tokenized[place].start
     ]
     prompts = [subject.template.prompt(subject.rows[place]) for place in places]
     alone = tokenize_rows(
@@ -263,10 +264,11 @@ def _wrong_labels(subject: Subject) -> list[Found]:
     for place in places:
         tokens = subject.tokenized[place]
         # The answer through the tokenizer too, which may write letters in another way.
-        alone = tokenizer(subject.rows[place].answer, add_special_tokens=False)["input_ids"]
-        answer = _letters(tokenizer.decode(alone))
+        answer = whole_characters(subject.rows[place].answer)
+        alone = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        said = _letters(tokenizer.decode(alone))
         learned = tokens.input_ids[tokens.loss_mask].tolist()
-        if answer not in _letters(tokenizer.decode(learned)):
+        if said not in _letters(tokenizer.decode(learned)):
             wrong.append(place)
     if len(wrong) * 2 <= len(places):
         return []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from halfbyte.data.audit.subject import Subject, fields_of
@@ -49,27 +47,18 @@ def _begin(subject: Subject) -> list[Found]:
                 doubled,
             )
         )
-    why = _expects_begin(tokenizer)
-    if missing and why:
+    if missing and "bos_token" in (own_template(tokenizer) or ""):
         found.append(
             subject.found(
                 "missing-begin",
                 "warning",
-                f"{subject.of(missing)} do not begin with {mark}, although {why}",
-                f"write {mark} at the start of data.template, or take data.template: chat",
+                f"{subject.of(missing)} do not begin with {mark}, which the model's own chat "
+                "template writes before each text",
+                f"take data.template: chat, or write {mark} at the start of a template of your own",
                 missing,
             )
         )
     return found
-
-
-def _expects_begin(tokenizer: Any) -> str | None:
-    """What says that the model has seen a beginning-of-sequence token before each text."""
-    if getattr(tokenizer, "add_bos_token", False) is True:
-        return "the tokenizer's settings say add_bos_token"
-    if "bos_token" in (own_template(tokenizer) or ""):
-        return "the model's chat template begins with it"
-    return None
 
 
 def _end(subject: Subject) -> list[Found]:
@@ -123,7 +112,9 @@ def _ends(subject: Subject) -> set[int]:
     """The tokenizer's end of sequence and what else ends a whole row, a special token."""
     tokenizer = subject.tokenizer
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    special = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id}
+    # Not only those with a name: of most models, an end of turn has none.
+    known = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in known if token.special} - {tokenizer.bos_token_id}
     blank: dict[int, bool] = {}
     for place in subject.looked_at[:50]:
         row = subject.tokenized[place]
