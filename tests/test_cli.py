@@ -78,7 +78,9 @@ from typer.testing import CliRunner
 from halfbyte.cli.app import app
 
 names = [command.name or command.callback.__name__ for command in app.registered_commands]
-assert set(names) == {"train", "init", "recipe", "report", "chat", "demo", "doctor", "bench"}, names
+assert set(names) == {
+    "train", "init", "data", "recipe", "report", "chat", "demo", "doctor", "bench"
+}, names
 for words in ([], *([name] for name in names)):
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0, result.output

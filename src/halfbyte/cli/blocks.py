@@ -83,20 +83,16 @@ SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
 
 def finding_block(found: Found) -> tuple[Block, str]:
     """A finding of the audit with its rows and examples, and the style of its label."""
+    from rich.text import Text
+
     accepted = " (accepted by the recipe)" if found.accepted else ""
-    lines = [f"{found.name}{accepted}: {found.sentence}"]
+    lines: list[str | Text] = [f"{found.name}{accepted}: {found.sentence}"]
     if found.rows:
-        lines.append(_places(found))
+        more = ", …" if found.count > len(found.rows) else ""
+        colon = ":" if found.examples else ""
+        lines.append(f"row{'s' if found.count > 1 else ''} {', '.join(found.places)}{more}{colon}")
+    lines += [Text(visible(f"  {example}"), READ) for example in found.examples]
     return Block(found.severity, lines), SEVERITY_STYLES.get(found.severity, "")
-
-
-def _places(found: Found) -> str:
-    rows = ", ".join(found.places)
-    more = ", …" if found.count > len(found.rows) else ""
-    examples = "; ".join(found.examples)
-    return f"row{'s' if found.count > 1 else ''} {rows}{more}" + (
-        f": {examples}" if examples else ""
-    )
 
 
 def funnel_block(funnel: Funnel, *, cut: bool) -> Block:

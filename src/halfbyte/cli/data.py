@@ -63,7 +63,7 @@ def data(
         typer.echo(data_json(look, ROWS_SHOWN if rows is None else rows))
     else:
         _show(display, look, ROWS_SHOWN if rows is None else rows)
-    written = _write_files(look, asked.name, html, write, ROWS_ON_PAGE if rows is None else rows)
+    written = _write_files(look, recipe.name, html, write, ROWS_ON_PAGE if rows is None else rows)
     if not json_:
         for label, path in written:
             display.whole_line(label, path)

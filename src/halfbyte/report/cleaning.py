@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from halfbyte.events.types import Funnel
 from halfbyte.report import figures
 from halfbyte.report.blocks import Block, Code, Heading, Paragraph, Table
 from halfbyte.report.story import Story
@@ -9,9 +10,13 @@ from halfbyte.report.story import Story
 
 def funnel(story: Story) -> list[Block]:
     """The filters in their order and what each dropped; nothing where the recipe lists none."""
-    cleaned = story.funnel
-    if cleaned is None:
+    if story.funnel is None:
         return []
+    return [Heading("Cleaning"), funnel_table(story.funnel)]
+
+
+def funnel_table(cleaned: Funnel) -> Table:
+    """Each filter with the rows that it got, dropped and changed."""
     rows = [
         (
             Code(step.name),
@@ -31,16 +36,13 @@ def funnel(story: Story) -> list[Block]:
         figures.percentage(cleaned.dropped, cleaned.rows_in),
         figures.count(sum(step.changed for step in cleaned.filters)),
     )
-    return [
-        Heading("Cleaning"),
-        Table(
-            ("filter", "settings", "rows in", "dropped", "share", "changed"),
-            [*rows, total],
-            "llrrrr",
-            "In the order in which they were applied; the rows left train or are held out.",
-            total=True,
-        ),
-    ]
+    return Table(
+        ("filter", "settings", "rows in", "dropped", "share", "changed"),
+        [*rows, total],
+        "llrrrr",
+        "In the order in which they were applied; the rows left train or are held out.",
+        total=True,
+    )
 
 
 def rows_shown(story: Story) -> list[Block]:

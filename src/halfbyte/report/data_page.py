@@ -25,6 +25,7 @@ from halfbyte.report.blocks import (
     Token,
     Tokens,
 )
+from halfbyte.report.cleaning import funnel_table
 from halfbyte.report.findings import shown
 from halfbyte.report.html import to_html
 
@@ -36,7 +37,7 @@ MOST_TOKENS = 1500
 class DataSeen:
     """What the page is made of."""
 
-    name: str  # of the recipe
+    name: str  # of the recipe's file
     model: str
     audit: Audited
     findings: Sequence[Found]
@@ -55,14 +56,14 @@ def data_page(seen: DataSeen) -> str:
         Section("Lengths", "lengths", [_lengths(seen)]),
     ]
     if seen.funnel is not None:
-        sections.append(Section("Cleaning", "cleaning", [_funnel(seen.funnel)]))
+        sections.append(Section("Cleaning", "cleaning", [funnel_table(seen.funnel)]))
     if seen.rows:
         rows = [Legend(), *(_row(row) for row in seen.rows)]
         sections.append(Section("Rows as trained", "rows", rows))
     document = Document(
         title=f"What training will see: {seen.audit.source}",
         kicker="Data audit",
-        facts=[f"recipe {seen.name}", f"for {seen.model}"],
+        facts=[seen.name, f"for {seen.model}"],
         state=_state(seen.findings),
         objective="",
         page_one=[Section("At a glance", "glance", [_tiles(seen.audit)])],
@@ -158,29 +159,6 @@ def bin_label(one: Bin) -> str:
     if one.last is None:
         return f"from {one.first:,}"
     return f"{one.first:,}" if one.first == one.last else f"{one.first:,}–{one.last:,}"
-
-
-def _funnel(funnel: Funnel) -> Table:
-    rows = [
-        (
-            Code(step.name),
-            step.settings or figures.NONE,
-            figures.count(step.rows_in),
-            figures.count(step.dropped),
-            figures.count(step.changed),
-        )
-        for step in funnel.filters
-    ]
-    last = (
-        f"{funnel.rows_out:,} rows left",
-        "",
-        figures.count(funnel.rows_in),
-        figures.count(funnel.dropped),
-        "",
-    )
-    return Table(
-        ("filter", "settings", "rows in", "dropped", "changed"), [*rows, last], "llrrr", total=True
-    )
 
 
 def _row(row: RowAsTrained) -> Tokens:

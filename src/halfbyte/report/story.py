@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from halfbyte.data.audit.private import hidden
 from halfbyte.errors import RunError
 from halfbyte.events import Record, read_events
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
@@ -285,7 +286,7 @@ def _process(group: list[Record]) -> Process:
 
 
 def answers_of(events: list[Answered]) -> list[Answer]:
-    """Each prompt with what was answered before and after, as they came."""
+    """Each prompt with what was answered before and after, as they came, private data hidden."""
     rows = list(dict.fromkeys((e.source, e.row) for e in events))
     found = {(e.source, e.row, e.when): e for e in events}
     answers = []
@@ -296,10 +297,10 @@ def answers_of(events: list[Answered]) -> list[Answer]:
             answers.append(
                 Answer(
                     row,
-                    either.prompt,
-                    either.reference,
-                    before.text if before else None,
-                    after.text if after else None,
+                    hidden(either.prompt),
+                    hidden(either.reference),
+                    hidden(before.text) if before else None,
+                    hidden(after.text) if after else None,
                     source,
                 )
             )

@@ -173,7 +173,7 @@ def _foreign(subject: Subject) -> list[Found]:
             "foreign-template",
             "warning",
             f"the model has a chat template, and rows are rendered in another one "
-            f"({template.name}), from which it knows nothing yet",
+            f"({template.name}), of which it knows nothing yet",
             "take data.template: chat, unless the rows are to teach it a new format",
         )
     ]

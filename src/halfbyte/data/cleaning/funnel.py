@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from halfbyte.data.audit.private import hidden
 from halfbyte.data.cleaning.duplicates import exact_duplicates
 from halfbyte.data.cleaning.encoding import check_ftfy, encoding
 from halfbyte.data.cleaning.language import check_languages, language
@@ -124,7 +125,7 @@ def _apply(settings: recipe.Filter, judge: Judge, rows: Picked) -> tuple[Picked,
             changed.append(mended)
         if len(shown) < EXAMPLES:
             example = rows.at(place)
-            shown.append(RowShown(example.row, why, example.source))
+            shown.append(RowShown(example.row, hidden(why), example.source))
     step = Filtered(
         settings.filter, settings.words, len(rows), len(rows) - len(left), len(at), shown
     )
