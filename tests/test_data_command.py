@@ -240,10 +240,11 @@ def test_rows_that_train_are_written_once(place: Path) -> None:
     source = (place / "duplicates" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line)["instruction"] for line in source[:60]]
     assert [row["instruction"] for row in written] == asked
-    refused = halfbyte(
-        "data", "nothing/recipe.yaml", "--write", "nothing/recipe.yaml", code=2
-    ).stderr
-    assert "would replace the recipe" in refused
+    for name in ("recipe.yaml", "rows.jsonl"):
+        before = (place / "nothing" / name).read_bytes()
+        words = ("data", "nothing/recipe.yaml", "--write", f"nothing/{name}")
+        assert "would replace what is read" in halfbyte(*words, code=2).stderr
+        assert (place / "nothing" / name).read_bytes() == before
 
 
 def test_neither_weights_nor_a_gpu_are_needed(place: Path) -> None:

@@ -12,6 +12,8 @@ from halfbyte.cli.errors import FOUND_ERRORS
 from halfbyte.errors import RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from halfbyte.cli.display import Display
     from halfbyte.run.look import Look
 
@@ -47,7 +49,8 @@ def data(
 
     The exit code is 1 if there is an error that the recipe does not accept (data.accept).
     """
-    _refuse_to_replace(recipe, html, write)
+    options = {"--html": html, "--write": write}
+    _refuse_to_replace(options, [recipe])
     from halfbyte.cli.asked import asked_for
     from halfbyte.cli.display import Display
 
@@ -57,6 +60,7 @@ def data(
         from halfbyte.run.look import look_at_data
 
         look = look_at_data(asked.recipe, recipe_folder=asked.folder)
+    _refuse_to_replace(options, look.files)
     if json_:
         from halfbyte.cli.data_json import data_json
 
@@ -71,10 +75,13 @@ def data(
         raise typer.Exit(FOUND_ERRORS)
 
 
-def _refuse_to_replace(recipe: Path, html: Path | None, write: Path | None) -> None:
-    for option, path in (("--html", html), ("--write", write)):
-        if path is not None and recipe.exists() and path.exists() and path.samefile(recipe):
-            raise RunError(f"{option} {path} would replace the recipe; name another file.")
+def _refuse_to_replace(options: dict[str, Path | None], read: Sequence[Path]) -> None:
+    """Raises RunError where what is to be written would replace what was read."""
+    for option, path in options.items():
+        if path is None or not path.exists():
+            continue
+        if any(source.exists() and path.samefile(source) for source in read):
+            raise RunError(f"{option} {path} would replace what is read; name another file.")
 
 
 def _show(display: Display, look: Look, rows: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from halfbyte.data.audit.lengths import Bin, histogram
 from halfbyte.data.audit.sample import RowAsTrained, pieces_of
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.data.source import files_of, is_pattern
 from halfbyte.model.source import context_length, open_tokenizer
 from halfbyte.recipe import Recipe
 from halfbyte.run.assembly import located_recipe
@@ -22,6 +23,15 @@ class Look:
     source: str  # the data's path or paths as asked for
     prepared: Prepared
     tokenizer: Any
+
+    @property
+    def files(self) -> list[Path]:
+        """The files and folders of this machine that the rows were read from."""
+        data = self.recipe.data
+        paths = [source.path for source in data.all_sources]
+        paths += [data.held_out_path] if data.held_out_path is not None else []
+        read = [files_of(path) if is_pattern(path) else [Path(path)] for path in paths]
+        return [path for files in read for path in files]
 
     def rows(self, count: int) -> list[RowAsTrained]:
         """``count`` of the rows that train, spread evenly from the first on."""

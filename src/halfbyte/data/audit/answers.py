@@ -149,15 +149,19 @@ def _begins(answer: str, question: str) -> bool:
 
 
 def _asked_nothing(subject: Subject) -> list[Found]:
-    rows, reads = subject.rows, subject.template.reads
-    places = [place for place, row in enumerate(rows) if row.text is None and not _asks(row, reads)]
+    reads = subject.template.reads
+    places = [
+        place
+        for place in subject.looked_at
+        if (row := subject.rows[place]).text is None and not _asks(row, reads)
+    ]
     if not places:
         return []
     return [
         subject.found(
             "no-question",
-            "warning" if len(places) >= MANY * len(rows) else "note",
-            f"{len(places):,} of {len(rows):,} rows have an answer and no question",
+            "warning" if subject.share(places) >= MANY else "note",
+            f"{subject.of(places)} have an answer and no question",
             "look whether data.columns names the column of the questions",
             places,
         )
@@ -179,15 +183,17 @@ def _left_out(subject: Subject) -> list[Found]:
         if name in subject.template.reads:
             continue
         places = [
-            place for place, row in enumerate(subject.rows) if row.text is None and _has(row, name)
+            place
+            for place in subject.looked_at
+            if (row := subject.rows[place]).text is None and _has(row, name)
         ]
         if places:
             found.append(
                 subject.found(
                     "left-out",
                     "warning",
-                    f"{len(places):,} of {len(subject.rows):,} rows have {what}, for which the "
-                    "template has no place: it is left out",
+                    f"{subject.of(places)} have {what}, for which the template has no place: it "
+                    "is left out",
                     todo,
                     places,
                 )

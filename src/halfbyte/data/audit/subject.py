@@ -55,10 +55,19 @@ class Subject:
     def whole(self) -> list[int]:
         """Places in ``rows``, one for each row of a source.
 
-        A conversation may have become several rows, of which the last holds the others.
+        A conversation may have become several rows, which follow one another; the last of them
+        holds the others.
         """
-        last = {(row.source, row.row): place for place, row in enumerate(self.rows)}
-        return sorted(last.values())
+        places: list[int] = []
+        before = None
+        for place, row in enumerate(self.rows):
+            own = (row.source, row.row)
+            if own == before:
+                places[-1] = place
+            else:
+                places.append(place)
+            before = own
+        return places
 
     def share(self, places: Sequence[int]) -> float:
         """Of the rows looked at."""
