@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,19 @@ class Prepared:
     funnel: Funnel | None = None  # of the filters that the recipe lists
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No look for reference cycles among rows, which have none: an eighth of the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+@_uncollected()
 def prepare(
     recipe: Recipe, tokenizer: Any, model_max_length: int, *, thorough: bool = False
 ) -> Prepared:
