@@ -100,8 +100,7 @@ def child(tool: str, folder: Path, args: argparse.Namespace) -> dict[str, float]
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(caches),
             "XDG_CACHE_HOME": str(caches),
-            # As it is where the user has not set it; `datasets` turns it off in its own processes.
-            "TOKENIZERS_PARALLELISM": "" if tool == "halfbyte" else "true",
+            "TOKENIZERS_PARALLELISM": "true",  # its default; said, so that a fork does not undo it
         },
         check=False,
     )
