@@ -19,6 +19,7 @@ from halfbyte.events.types import (
     Event,
     Fallback,
     Phase,
+    PhaseProgress,
     PhaseStarted,
     RunStarted,
     Step,
@@ -92,6 +93,25 @@ def a_run(losses: list[float]) -> list[Event]:
         *(step(i + 1, loss) for i, loss in enumerate(losses)),
         Evaluated(STEPS, "adapter", 2.5, 40, 4, 0.2),
     ]
+
+
+def test_a_long_phase_says_how_far_it_is() -> None:
+    events = [
+        PhaseStarted("tokenize"),
+        PhaseProgress("tokenize", 1024, 4096),
+        PhaseProgress("another", 1, 2),
+        PhaseProgress("tokenize", 2048, 4096),
+        Phase("tokenize", 1.5),
+        PhaseStarted("quantize"),
+    ]
+    text = shown(events, terminal=True, colour=False)
+    states = [line.split("\x1b[2K")[-1] for line in text.split("\r")]
+    assert [state.split(",")[0] for state in states if "%" in state] == [
+        "tokenize     25% of 4",
+        "tokenize     50% of 4",
+    ]
+    assert "quantize    …" in states[-2] + states[-1]  # the next one begins anew
+    assert "%" not in shown(events, terminal=False)
 
 
 def test_plain_output_is_lines_with_the_means_of_the_logged_steps() -> None:

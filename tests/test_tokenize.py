@@ -123,6 +123,14 @@ def test_a_token_across_a_border_belongs_to_the_later_segment(tiny: Any) -> None
     assert back.loss_mask.tolist()[-1] is False
 
 
+def test_progress_is_told_of_each_chunk(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.data.tokenize.ROWS_AT_ONCE", 4)
+    told: list[tuple[int, int]] = []
+    rows = [[Segment(f"It is {n}", True)] for n in range(10)]
+    tokenize_rows(tiny, rows, range(10), lambda done, of: told.append((done, of)))
+    assert told == [(4, 10), (8, 10)]
+
+
 def test_a_tokenizer_saved_with_truncation_and_padding_does_neither(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     segments = [[Segment("Say it. ", False), Segment("It " * n, True)] for n in (2, 40)]

@@ -48,6 +48,7 @@ from halfbyte.events.types import (
     Kept,
     ModelLoaded,
     Phase,
+    PhaseProgress,
     PhaseStarted,
     RunStarted,
     Step,
@@ -86,6 +87,8 @@ class Display:
         self._bar: Bar | None = None
         self._choices: list[Choice] = []
         self._phase: str | None = None  # running now, shown on an unfinished line
+        self._phase_began = 0.0
+        self._reached = ""  # how far it is
         self._base_loss: float | None = None
         self._earlier: list[float] = []  # losses of the window that a resumed run goes on with
         self._done = 0
@@ -98,6 +101,8 @@ class Display:
                 self._run_started(event)
             case PhaseStarted(name):
                 self._begin_phase(name)
+            case PhaseProgress():
+                self._progress(event)
             case Phase(name, seconds):
                 self._end_phase(name, seconds)
             case Funnel():
@@ -203,7 +208,19 @@ class Display:
             self._earlier = list(losses.values())
 
     def _begin_phase(self, name: str) -> None:
-        self._phase = name
+        self._phase, self._reached = name, ""
+        self._phase_began = time.perf_counter()
+        self._show_phase()
+
+    def _progress(self, event: PhaseProgress) -> None:
+        """How far the phase is, and how long it still takes."""
+        if event.name != self._phase:
+            return
+        took = time.perf_counter() - self._phase_began
+        left = took * (event.rows - event.done) / event.done
+        self._clear_phase()
+        share = event.done / event.rows
+        self._reached = f"{share:4.0%} of {event.rows:,} rows, {duration_text(left)} left"
         self._show_phase()
 
     def _end_phase(self, name: str, seconds: float) -> None:
@@ -217,7 +234,8 @@ class Display:
 
     def _show_phase(self) -> None:
         if self._phase is not None and self.live and self._bar is None:
-            self.console.print(Text(f"{self._phase:<{LABEL_WIDTH}}  …", "dim"), end="")
+            shown = f"{self._phase:<{LABEL_WIDTH}}  {self._reached or '…'}"
+            self.console.print(Text(shown, "dim"), end="")
             self.console.file.flush()
 
     def _clear_phase(self) -> None:

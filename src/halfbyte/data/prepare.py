@@ -24,7 +24,7 @@ from halfbyte.data.packing import LONG_ENOUGH, good_length
 from halfbyte.data.rendered import Rendered, render
 from halfbyte.data.split import choose_held_out, mix_rows, read_split
 from halfbyte.data.template import Template, make_template
-from halfbyte.data.tokenize import tokenize_rows
+from halfbyte.data.tokenize import Progress, tokenize_rows
 from halfbyte.data.turns import REFUSED, UNLEARNED
 from halfbyte.errors import DataError
 from halfbyte.events.types import Audited, Choice, Found, Funnel
@@ -66,15 +66,21 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def prepare(
-    recipe: Recipe, tokenizer: Any, model_max_length: int, *, thorough: bool = False
+    recipe: Recipe,
+    tokenizer: Any,
+    model_max_length: int,
+    *,
+    thorough: bool = False,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Read, render, tokenize, cut, split and audit the rows of ``recipe.data``.
 
     ``model_max_length`` is in tokens. Rows are held out after those with nothing to learn are
     dropped and the maximum length is known, so that the effective recipe, with both numbers
     stated, gives the same rows. The audit looks at some rows for what takes time, at all of them
-    where it is ``thorough``. Raises DataError for whatever is wrong with the data, also where no
-    row is left to train; errors among the findings are the caller's to refuse.
+    where it is ``thorough``; ``progress`` is :func:`tokenize_rows`'s. Raises DataError for whatever
+    is wrong with the data, also where no row is left to train; errors among the findings are the
+    caller's to refuse.
     """
     data = recipe.data
     check_packages(data.cleaning)
@@ -83,7 +89,8 @@ def prepare(
     mix_rows(data, read, recipe.seed)
     template, choices = make_template(data, tokenizer, texts=read.texts)
     rendered = render(template, read.rows, data.loss_on)
-    whole = tokenize_rows(tokenizer, rendered.segments, [part.row for part in rendered.parts])
+    numbers = [part.row for part in rendered.parts]
+    whole = tokenize_rows(tokenizer, rendered.segments, numbers, progress)
     may_train = len(read.rows) - read.apart
     lengths = [len(row) for i, row in zip(rendered.places, whole, strict=True) if i < may_train]
     max_length = _max_length(data, lengths, model_max_length, choices)

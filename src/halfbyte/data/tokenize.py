@@ -8,7 +8,7 @@ follows from the characters that the tokenizer says it covers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -23,17 +23,23 @@ from halfbyte.errors import DataError
 # call, which nothing is done beside, is short.
 ROWS_AT_ONCE = 1024
 
+Progress = Callable[[int, int], None]
+
 _HALF = re.compile("[\ud800-\udfff]")
 
 
 def tokenize_rows(
-    tokenizer: Any, rows: Sequence[Sequence[Segment]], numbers: Sequence[int]
+    tokenizer: Any,
+    rows: Sequence[Sequence[Segment]],
+    numbers: Sequence[int],
+    progress: Progress | None = None,
 ) -> list[TokenizedRow]:
     """One TokenizedRow for each of ``rows``, uncut; ``numbers`` are theirs in the source.
 
     The beginning-of-sequence token stands where the tokenizer adds it, once: a chat template may
     have written it already. What else a tokenizer adds at the end is left off, since the segments
-    hold the end-of-sequence token themselves. Raises DataError for a tokenizer without offsets.
+    hold the end-of-sequence token themselves. ``progress`` hears how many of how many rows are
+    done, now and then. Raises DataError for a tokenizer without offsets.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -53,6 +59,8 @@ def tokenize_rows(
             learned = np.concatenate([np.zeros(len(lead), dtype=bool), learned])
         learned[:1] = False
         found.append(TokenizedRow(np.array(ids, dtype=np.int32), learned, number))
+        if progress is not None and len(found) % ROWS_AT_ONCE == 0:
+            progress(len(found), len(rows))
     return found
 
 

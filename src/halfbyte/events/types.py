@@ -86,6 +86,16 @@ class PhaseStarted(Event):
 
 
 @dataclass(frozen=True)
+class PhaseProgress(Event):
+    """How many ``rows`` of how many are ``done``: for those who watch, the record keeps none."""
+
+    kind: ClassVar[str] = "phase_progress"
+    name: str
+    done: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Phase(Event):
     """A phase before or after the steps ended ("download", "quantize", "tokenize", …)."""
 

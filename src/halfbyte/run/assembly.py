@@ -16,7 +16,7 @@ from halfbyte.data.batching import Batches
 from halfbyte.data.packing import Packs
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.source import is_here
-from halfbyte.events.types import Audited, Event, Warned
+from halfbyte.events.types import Audited, Event, PhaseProgress, Warned
 from halfbyte.model.source import ModelSource, context_length, open_model
 from halfbyte.plan.buckets import batch_sizes, choose_buckets
 from halfbyte.plan.device import Device, environment_event, find_device
@@ -102,7 +102,12 @@ def assemble(
     with emit.phase("model"):
         source = open_model(recipe.model)
     with emit.phase("tokenize"):
-        data = prepare(recipe, source.tokenizer, context_length(source.config))
+        data = prepare(
+            recipe,
+            source.tokenizer,
+            context_length(source.config),
+            progress=lambda done, rows: emit.tell(PhaseProgress("tokenize", done, rows)),
+        )
         packs = None
         if recipe.data.packing:
             packs = Packs(np.array([len(row) for row in data.train]), data.max_length, recipe.seed)
