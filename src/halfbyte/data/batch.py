@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A piece of a rendered row and whether the loss is taken on it."""
 
@@ -16,7 +16,7 @@ class Segment:
     learn: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenizedRow:
     """One row as the model sees it.
 

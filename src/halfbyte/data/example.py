@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation.
 
@@ -30,7 +29,7 @@ class Message:
     name: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row: ``messages``, or ``text`` alone where a model only goes on with it.
 
@@ -65,7 +64,7 @@ class Example:
         """Which row it is, as people count: ``row 6``, ``row 6 of source 2``."""
         return f"row {self.row + 1:,}" + (f" of source {self.source + 1}" if self.source else "")
 
-    @cached_property
+    @property
     def answer(self) -> str:
         """The last thing that the assistant says; of a text all of it."""
         if self.text is not None:
@@ -73,7 +72,7 @@ class Example:
         said = [message.content for message in self.messages if message.role == "assistant"]
         return said[-1] if said else ""
 
-    @cached_property
+    @property
     def asked(self) -> str:
         """All that stands before :attr:`answer`, as plain text: what was asked, and said so far."""
         parts = [part for part in (self.instruction, self.input) if part]

@@ -80,7 +80,7 @@ class ExampleStore(Sequence[Example]):
 
 def _encode(example: Example) -> bytes:
     """One line of JSON; what is as it is by default is left out."""
-    fields = {k: v for k, v in vars(example).items() if k in _FIELDS and v != _FIELDS[k]}
+    fields = {k: getattr(example, k) for k, v in _FIELDS.items() if getattr(example, k) != v}
     if example.messages:
         fields["messages"] = [
             {k: v for k, v in asdict(message).items() if v not in (None, ())}

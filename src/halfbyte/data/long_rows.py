@@ -75,7 +75,7 @@ def fit_row(
     return [_piece(row, lead, start, min(start + room, body)) for start in starts]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fitted:
     """A row as it was tokenized, and the rows of at most ``data.max_length`` that it became."""
 

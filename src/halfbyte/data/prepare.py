@@ -91,6 +91,7 @@ def prepare(
     rendered = render(template, read.rows, data.loss_on)
     numbers = [part.row for part in rendered.parts]
     whole = tokenize_rows(tokenizer, rendered.segments, numbers, progress)
+    rendered.segments.clear()  # their texts, once more than the examples have them
     may_train = len(read.rows) - read.apart
     lengths = [len(row) for i, row in zip(rendered.places, whole, strict=True) if i < may_train]
     max_length = _max_length(data, lengths, model_max_length, choices)

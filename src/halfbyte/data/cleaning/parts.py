@@ -13,9 +13,6 @@ from halfbyte.recipe.cleaning import Part
 # is put in its place, with what was changed.
 Verdict = None | str | tuple[Example, str]
 
-# What Example.asked computes, without its cache: a million rows would keep their questions twice.
-_asked: Callable[[Example], str] = vars(Example)["asked"].func
-
 SHOWN = 60  # characters of a text that show why
 
 
@@ -23,7 +20,7 @@ def part(example: Example, by: Part) -> str:
     """The question, the last answer, or both; the question of a plain text is empty."""
     if by == "answer":
         return example.answer
-    asked = _asked(example)
+    asked = example.asked
     return asked if by == "question" else f"{asked}\n\n{example.answer}"
 
 
