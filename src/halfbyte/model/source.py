@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from halfbyte.data.chat_template import own_template
 from halfbyte.errors import ModelError
 from halfbyte.model.bnb_checkpoint import BnbCheckpoint, StoredNF4
 from halfbyte.model.experts import expert_name
@@ -197,7 +198,7 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         name=name,
         config=config,
         tokenizer=tokenizer,
-        chat_template=template_of(tokenizer),
+        chat_template=own_template(tokenizer),
         format="safetensors",
         licence=read_licence(folder),
         checkpoint=checkpoint,
@@ -216,7 +217,7 @@ def _open_gguf(path: Path, name: str) -> ModelSource:
         name=name,
         config=config,
         tokenizer=tokenizer,
-        chat_template=template_of(tokenizer),
+        chat_template=own_template(tokenizer),
         format="gguf",
         licence=licence if isinstance(licence, str) else None,
         checkpoint=file,
@@ -226,11 +227,3 @@ def _open_gguf(path: Path, name: str) -> ModelSource:
 def context_length(config: Any) -> int:
     """Tokens that a model of this transformers ``config`` takes at once."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
-
-
-def template_of(tokenizer: Any) -> str | None:
-    """The tokenizer's chat template; of several, the one named ``default``."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
