@@ -24,6 +24,7 @@ USER = {"role": "user", "content": "What is 6 times 7?"}
 SAID = {"role": "assistant", "content": "42."}
 HUMAN = {"from": "human", "value": "What is 6 times 7?"}
 GPT = {"from": "gpt", "value": "42."}
+CONTENT = st.text(max_size=8)
 ASKED = Message("user", "What is 6 times 7?")
 ANSWER = Message("assistant", "42.")
 
@@ -249,6 +250,150 @@ def test_bad_answers_are_left_out_and_told() -> None:
 def test_prompts_and_completions_of_unlike_kinds(row: dict[str, Any]) -> None:
     [example], _ = read([row])
     assert example.messages == (ASKED, replace(ANSWER, learn=True))
+
+
+# ---- what was said before, in a column of its own ------------------------------------------------
+
+ALPACA = {"instruction": "And", "input": "times 2?", "output": "84.", "system": "Be brief."}
+BEFORE = [["What is 6 times 7?", "42."]]
+SPOKEN = (ASKED, ANSWER, Message("user", "And\n\ntimes 2?"), Message("assistant", "84."))
+BRIEF = Message("system", "Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "columns"),
+    [
+        (
+            {**ALPACA, "history": BEFORE},
+            "instruction",
+            {"instruction": "instruction", "input": "input", "output": "output"}
+            | {"system": "system", "history": "history"},
+        ),
+        (
+            {"query": "a", "response": "b", "history": []},
+            "instruction",
+            {"instruction": "query", "output": "response", "history": "history"},
+        ),
+        (
+            {"prompt": "a", "response": "b", "history": json.dumps(BEFORE)},  # out of a CSV file
+            "instruction",
+            {"instruction": "prompt", "output": "response", "history": "history"},
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "history": BEFORE},
+            "prompt_completion",
+            {"instruction": "prompt", "output": "chosen", "history": "history"},
+        ),
+        (
+            {"question": "a", "answer": "b", "history": [USER, SAID]},
+            "instruction",
+            {"instruction": "question", "output": "answer", "history": "history"},
+        ),
+        # A patient's history is a text, and a lone column of messages a conversation.
+        (
+            {"question": "a", "history": "Had measles.", "answer": "b"},
+            "instruction",
+            {"instruction": "question", "output": "answer"},
+        ),
+        ({"id": "1", "history": [USER, SAID]}, "messages", {"messages": "history"}),
+    ],
+)
+def test_a_column_of_what_was_said_before(
+    row: dict[str, Any], format: str, columns: dict[str, str]
+) -> None:
+    found = recognised([row])
+    assert (found.format.name, found.format.by_role()) == (format, columns)
+    assert set(found.format.reason) == set(columns)
+    assert read([row], format=format, columns=columns) == read([row])
+
+
+@pytest.mark.parametrize("history", [BEFORE, json.dumps(BEFORE), [tuple(BEFORE[0])], [USER, SAID]])
+def test_a_history_and_its_question_are_a_conversation(history: Any) -> None:
+    rows = [{**ALPACA, "history": history}, {**ALPACA, "system": "", "history": []}, ALPACA]
+    made, told = read(rows)
+    assert told == []
+    assert made == [
+        Example(0, (BRIEF, *SPOKEN)),
+        Example.question_and_answer(1, "And", "times 2?", "84."),
+        Example(2, (BRIEF, SPOKEN[-1]), instruction="And", input="times 2?"),
+    ]
+
+
+def test_only_the_completion_is_learned_behind_a_history() -> None:
+    row = {"prompt": "And?", "completion": "84.", "history": BEFORE}
+    [example], _ = read([row])
+    flags = [message.learn for message in example.messages]
+    assert flags == [None, False, None, True]
+    assert [message.content for message in example.messages[2:]] == ["And?", "84."]
+
+
+def test_histories_in_parquet_are_those_in_json(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{**ALPACA, "history": BEFORE * n} for n in (0, 2, 1)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    source = SourceRecipe(path=str(tmp_path / "rows.parquet"))
+    stored = read_rows(source)
+    origin = Origin(source.path, typed=stored.typed)
+    assert list(examples(recognise(source, stored).format, stored.rows, origin)) == read(rows)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    history=st.lists(st.tuples(CONTENT, CONTENT).map(list), max_size=3),
+    row=st.fixed_dictionaries(
+        {"instruction": CONTENT, "input": CONTENT, "output": CONTENT, "system": CONTENT}
+    ),
+)
+def test_a_history_is_the_conversation_that_it_tells(
+    history: list[list[str]], row: dict[str, str]
+) -> None:
+    """The same as the messages that somebody would write out by hand."""
+    spoken = [{"role": "system", "content": row["system"]}] if row["system"].strip() else []
+    for asked, answered in history:
+        spoken += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    question = [part for part in (row["instruction"], row["input"]) if part]
+    spoken.append({"role": "user", "content": "\n\n".join(question)})
+    spoken.append({"role": "assistant", "content": row["output"]})
+    found, _ = read([{**row, "history": history}, {**ALPACA, "history": []}])
+    if history:
+        assert found[0] == read([{"messages": spoken}])[0][0]
+    else:
+        assert found[0] == read([row])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("history", "sentence"),
+    [
+        ("[['a', 'b']]", "a text that is no list of earlier questions and answers."),
+        ({"a": "b"}, "an object that is no list of earlier questions and answers."),
+        (7, "a number that is no list"),
+        (["a", "b"], "pair 1 is a text and no list of a question and its answer."),
+        ([["a", "b"], ["c"]], "pair 2 has 1 entry where there are two, a question and its answer."),
+        ([["a", "b", "c"]], "pair 1 has 3 entries where"),
+        ([["a", None]], "pair 1 has no answer."),
+        ([[["a"], "b"]], "history, pair 1: the cell holds a list where a text is needed"),
+        ([["a", "b"], USER], "pair 2 is an object and no list"),
+        ([USER, {"role": "critic", "content": ""}], "message 2 has the role 'critic'"),
+        ([USER], "messages 2 and 3 are both the user's; state data.merge_turns: true"),
+        ([{"role": "system", "content": "Be long."}, USER, SAID], "there is a system message in a"),
+    ],
+)
+def test_a_broken_history_is_refused_with_its_row(history: Any, sentence: str) -> None:
+    rows = [{**ALPACA, "history": BEFORE}, {**ALPACA, "history": history}]
+    told = refused(rows)
+    assert told.startswith("d.jsonl, row 2, ")
+    assert sentence in told
+
+
+def test_a_history_that_nothing_reads_is_refused_where_the_recipe_names_it() -> None:
+    row = {"prompt": [USER], "completion": [SAID], "history": BEFORE}
+    assert "history" not in recognised([row]).format.by_role()
+    columns = {"instruction": "prompt", "output": "completion", "history": "history"}
+    assert "are conversations already" in refused([row], columns=columns)
+    named = {"columns": {"history": "history"}, "format": "messages"}
+    told = refused([{"messages": [USER, SAID], "history": BEFORE}], **named)
+    assert "data.columns.history says nothing to rows of the format messages" in told
 
 
 # ---- messages ----------------------------------------------------------------------------------
@@ -492,8 +637,6 @@ def test_a_system_message_in_a_column_of_its_own() -> None:
 
 # ---- against TRL -------------------------------------------------------------------------------
 
-CONTENT = st.text(max_size=8)
-
 
 @st.composite
 def turns(draw: st.DrawFn, first: str = "user", least: int = 1) -> list[dict[str, Any]]:
@@ -623,6 +766,7 @@ COLUMNS = st.sampled_from(
         "label",
         "tools",
         "system",
+        "history",
         "text",
         "instruction",
         "input",

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from halfbyte.data.formats.cells import is_missing
 from halfbyte.data.table import Cells, Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.data_schema import SourceRecipe
@@ -58,6 +59,7 @@ OUTPUT_NAMES = (
     "label",
     "translation",
 )
+HISTORY_NAME = "history"
 SYSTEM_NAMES = ("system", "systemprompt", "systemmessage")
 CONVERSATION_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 # The worse answer of a preference; no question either.
@@ -77,6 +79,7 @@ class Columns:
     reason: dict[str, str] = field(default_factory=dict)
     by_content: bool = False  # the answer's column was told by its texts, not by its name
     system: str | None = None
+    history: str | None = None  # what was asked and answered before
 
     def by_role(self) -> dict[str, str]:
         """Role to column, of the roles that have one."""
@@ -85,6 +88,7 @@ class Columns:
             "instruction": self.instruction,
             "input": self.input,
             "output": self.output,
+            "history": self.history,
         }
         return {role: column for role, column in roles.items() if column is not None}
 
@@ -167,7 +171,9 @@ def find_columns(
     check_named(source, table)
     columns = _questions(source, table, fixed_instruction, by_content)
     system, reason = find_system(source, table, list(columns.by_role().values()))
-    return replace(columns, system=system, reason={**columns.reason, **reason})
+    history, why = find_history(source, table)
+    reason = {**columns.reason, **reason, **why}
+    return replace(columns, system=system, history=history, reason=reason)
 
 
 def find_system(
@@ -179,6 +185,31 @@ def find_system(
     names = [n for n in table.columns if plain(n) in SYSTEM_NAMES and n not in taken]
     found = next(iter(texts_of(names, table.rows)), None)
     return found, {} if found is None else {"system": f"the column is named {found}"}
+
+
+def find_history(source: SourceRecipe, table: Table) -> tuple[str | None, dict[str, str]]:
+    """The column of what was said before, named or by its name, and the reason if guessed.
+
+    By its name only where at least half of its cells, empty ones apart, are lists: a patient's
+    history is a text.
+    """
+    asked = source.columns.model_dump(exclude_none=True)
+    if "history" in asked:
+        return source.columns.history, {}
+    for name in table.columns:
+        if plain(name) != HISTORY_NAME or name in asked.values():
+            continue
+        cells = [row.get(name) for row in table.rows[:LOOKED_AT]]
+        lists = sum(map(_is_list, cells))
+        if lists and 2 * lists >= sum(_is_list(cell) or not is_missing(cell) for cell in cells):
+            return name, {"history": f"the column is named {name} and holds lists"}
+    return None, {}
+
+
+def _is_list(cell: object) -> bool:
+    if isinstance(cell, str):
+        return cell.lstrip().startswith("[")
+    return isinstance(cell, (list, tuple))
 
 
 def _questions(
@@ -194,7 +225,8 @@ def _questions(
     question = {role for role in asked if role != "output"}
     if "output" in asked and question:
         return Columns(**asked)
-    rest = [name for name in table.columns if name not in asked.values()]
+    history, _ = find_history(source, table)
+    rest = [name for name in table.columns if name not in asked.values() and name != history]
     if "output" in asked:
         # Put under a name that is recognized, so that only the question is guessed.
         rows = [{n: row.get(n) for n in rest} | {"output": ""} for row in table.rows[:LOOKED_AT]]
@@ -203,7 +235,7 @@ def _questions(
         reason = {role: text for role, text in guessed.reason.items() if role != "output"}
         return Columns(str(asked["output"]), guessed.instruction, guessed.input, reason)
     guessed = guess_columns(
-        rest if len(rest) > 1 else table.columns,
+        rest if len(rest) > 1 or history is not None else table.columns,
         table.rows[:LOOKED_AT],
         fixed_instruction=fixed_instruction,
     )

@@ -25,6 +25,10 @@ class ColumnsRecipe(Section):
     input: str | None = Field(default=None, description="Column of the further input, if any.")
     output: str | None = Field(default=None, description="Column of the answer to learn.")
     system: str | None = Field(default=None, description="Column of the row's system message.")
+    history: str | None = Field(
+        default=None,
+        description="Column of what was asked and answered before: a list of [question, answer].",
+    )
     messages: str | None = Field(default=None, description="Column of the conversation.")
     tools: str | None = Field(
         default=None,

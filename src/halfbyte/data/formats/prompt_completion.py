@@ -6,13 +6,14 @@ the latter two alone, each with the whole conversation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from halfbyte.data.example import Example, Message
 from halfbyte.data.formats.cells import from_json, text_of
 from halfbyte.data.formats.conversation import checked_messages, with_system
 from halfbyte.data.formats.format import Origin
+from halfbyte.data.formats.history import after, read_history
 from halfbyte.data.formats.messages import read_messages, with_learn
 from halfbyte.data.formats.tool_calls import tools_of
 from halfbyte.data.table import Cells
@@ -26,11 +27,13 @@ class PromptCompletions:
 
     With ``as_input`` all rows share an instruction, and a prompt is their input. ``rejected`` is
     looked at only to find where two whole conversations part, and ``label`` tells good from bad.
+    ``history`` is of rows of texts, and no part of the completion.
     """
 
     prompt: str | None
     completion: str
     system: str | None = None
+    history: str | None = None
     tools: str | None = None
     rejected: str | None = None
     label: str | None = None
@@ -45,6 +48,7 @@ class PromptCompletions:
             asked: self.prompt,
             "output": self.completion,
             "system": self.system,
+            "history": self.history,
             "tools": self.tools,
         }
         return {role: column for role, column in roles.items() if column is not None}
@@ -66,13 +70,21 @@ class PromptCompletions:
     def _texts(self, cells: Cells, system: str, row: int, origin: Origin) -> Example:
         prompt = "" if self.prompt is None else text_of(cells.get(self.prompt), self.prompt)
         answer = Message("assistant", text_of(cells.get(self.completion), self.completion))
-        return Example(
+        example = Example(
             row,
             (Message("system", system), answer) if system else (answer,),
             instruction="" if self.as_input else prompt,
             input=prompt if self.as_input else "",
             source=origin.number,
         )
+        if self.history is None:
+            return example
+        earlier = read_history(cells.get(self.history), self.history, typed=origin.typed)
+        if not earlier:
+            return example
+        whole = after(with_learn(earlier, False), example)
+        *before, last = checked_messages(whole.messages, origin, merge_turns=self.merge_turns)
+        return replace(whole, messages=(*before, replace(last, learn=True)))
 
     def _messages(self, cells: Cells, asked: object, said: object, typed: bool) -> list[Message]:
         """What leads to the completion, of which nothing is learned, and the completion."""

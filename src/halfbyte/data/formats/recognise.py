@@ -18,6 +18,7 @@ from halfbyte.data.columns import (
     Columns,
     check_named,
     find_columns,
+    find_history,
     find_system,
     listed,
     plain,
@@ -38,7 +39,7 @@ from halfbyte.recipe.data_schema import SourceRecipe
 COMPLETION_NAMES = ("completion", "chosen")
 TOOLS_NAMES = ("tools", "functions")
 TEXT_NAME = "text"
-QUESTION = ("instruction", "input", "output", "system")
+QUESTION = ("instruction", "input", "output", "system", "history")
 # The roles of data.columns that a format has a use for.
 ROLES = {
     "instruction": QUESTION,
@@ -124,6 +125,7 @@ class _Look:
         self.rows = table.rows[:LOOKED_AT]
         self.named = {plain(name): name for name in reversed(table.columns)}
         self.spoken = [name for name in table.columns if self._is_spoken(name)]
+        self.history, self.why_history = find_history(source, table)
 
     def _is_spoken(self, column: str) -> bool:
         """Whether at least half of a column's cells, empty ones apart, are conversations."""
@@ -158,6 +160,8 @@ class _Look:
         """The column of whole conversations; an error where there are two."""
         parts = (*COMPLETION_NAMES, REJECTED, *INSTRUCTION_NAMES, *OUTPUT_NAMES)
         whole = [name for name in self.spoken if plain(name) not in parts]
+        if self.history in whole and not set(self.named).isdisjoint(OUTPUT_NAMES):
+            whole.remove(self.history)  # which leads to the row's own question
         found = [name for name in whole if plain(name) in CONVERSATION_NAMES] or whole
         if len(found) > 1:
             raise DataError(
@@ -227,7 +231,7 @@ class _Look:
             return self._conversations(name)
         if name == "prompt_completion":
             return self._prompts()
-        return Instructions(self._questions())
+        return Instructions(self._questions(), merge_turns=self.merge_turns)
 
     def _text(self) -> Texts:
         if self.source.columns.text is not None:
@@ -304,16 +308,25 @@ class _Look:
             )
         tools = self._tools(reason)
         system, why = find_system(self.source, self.table, [completion, prompt or completion])
+        history, why_history = self.history, self.why_history
+        if history is not None and (completion in self.spoken or prompt in self.spoken):
+            if self.source.columns.history is not None:
+                raise DataError(
+                    f"data.columns.history: the prompts or completions of {self.source.path} are "
+                    "conversations already, to which it has no place; leave it out."
+                )
+            history, why_history = None, {}
         return PromptCompletions(
             prompt,
             completion,
             system,
+            history,
             tools,
             rejected=self.named.get(REJECTED) if prompt is None else None,
             label=self._label(completion),
             as_input=self.fixed_instruction,
             merge_turns=self.merge_turns,
-            reason={**reason, **why},
+            reason={**reason, **why, **why_history},
         )
 
     def _label(self, completion: str) -> str | None:
