@@ -278,7 +278,10 @@ class TextTemplate:
                 "{%- elif message['role'] == 'user' -%}",
                 *user,
                 "{%- elif message['role'] == 'assistant' -%}",
-                "{{- message['content'] + eos_token -}}",
+                f"{{{{- {message} -}}}}",
+                # As in training, not twice behind an answer that brings it along.
+                f"{{%- if not {message}.endswith(eos_token) -%}}" if self._eos else "",
+                "{{- eos_token -}}{%- endif -%}" if self._eos else "",
                 "{%- endif -%}",
                 "{%- endfor -%}",
             ]
