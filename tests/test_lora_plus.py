@@ -84,11 +84,13 @@ def test_the_update_is_that_of_groups(
         optimizer.step(lr.fill_(1.0), one, torch.zeros_like(yes))
         reference.step()
     assert optimizer.count.item() == STEPS
+    # bitsandbytes' CUDA kernel decays a parameter behind its update, so the update by lr · λ as well.
+    share = 1e-4 if device == "cpu" else 1e-4 + 1e-3 * RATIO * weight_decay
     for key, p in named.items():
         moved = (theirs[key] - drawn(0, device)[key] * 0.1).abs().max()
         off = (p - theirs[key]).abs()
         few = 0.0 if device == "cpu" else 2e-3  # where a code differs on a GPU
-        assert (off > 1e-4 * moved + 1e-7).float().mean() <= few, key
+        assert (off > share * moved + 1e-7).float().mean() <= few, key
     # What is saved is all that there is: a second optimizer goes on from it.
     state = {n: t.clone() for n, t in optimizer.state_tensors().items()}
     again = make_optimizer(name, flat, training, use_kernels=use_kernels)

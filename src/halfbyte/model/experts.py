@@ -40,14 +40,11 @@ def _is_known(module: nn.Module) -> bool:
     shapes = {name: parameter.dim() for name, parameter in own.items()}
     if shapes != {UP: 3, DOWN: 3} or not hasattr(module, "_apply_gate"):
         return False
-    # A model may say nothing of what it has not.
-    wanted = {
-        "has_gate": True,
-        "has_bias": False,
-        "is_transposed": False,
-        "has_post_expert_norm": False,
-    }
-    return all(getattr(module, name, None) == value for name, value in wanted.items())
+    # An older transformers does not know of all that a newer one's experts may have.
+    unwanted = ("has_bias", "is_transposed", "has_post_expert_norm")
+    return getattr(module, "has_gate", False) and not any(
+        getattr(module, n, False) for n in unwanted
+    )
 
 
 def expert_name(parameter: str, expert: int) -> str:
