@@ -84,7 +84,7 @@ def test_the_update_is_that_of_groups(
         optimizer.step(lr.fill_(1.0), one, torch.zeros_like(yes))
         reference.step()
     assert optimizer.count.item() == STEPS
-    # bitsandbytes' CUDA kernel decays a parameter behind its update, so the update by lr · λ as well.
+    # bitsandbytes' CUDA kernel decays a parameter behind its update: that too, by lr · λ.
     share = 1e-4 if device == "cpu" else 1e-4 + 1e-3 * RATIO * weight_decay
     for key, p in named.items():
         moved = (theirs[key] - drawn(0, device)[key] * 0.1).abs().max()
