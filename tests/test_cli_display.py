@@ -103,14 +103,18 @@ def test_a_long_phase_says_how_far_it_is() -> None:
         PhaseProgress("tokenize", 2048, 4096),
         Phase("tokenize", 1.5),
         PhaseStarted("quantize"),
+        PhaseProgress("quantize", 21, 210, "matrices"),
+        Phase("quantize", 1.5),
+        PhaseStarted("save"),
     ]
     text = shown(events, terminal=True, colour=False)
     states = [line.split("\x1b[2K")[-1] for line in text.split("\r")]
-    assert [state.split(",")[0] for state in states if "%" in state] == [
-        "tokenize     25% of 4",
-        "tokenize     50% of 4",
+    assert [state.rpartition(", ")[0] for state in states if "%" in state] == [
+        "tokenize     25% of 4,096 rows",
+        "tokenize     50% of 4,096 rows",
+        "quantize     10% of 210 matrices",
     ]
-    assert "quantize    …" in states[-2] + states[-1]  # the next one begins anew
+    assert "save        …" in states[-2] + states[-1]  # the next one begins anew
     assert "%" not in shown(events, terminal=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from halfbyte.events.types import Checked, Choice, Evaluated, ModelLoaded
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.experts import DOWN, UP, NF4Experts
 from halfbyte.model.load import LoadedBase, load_base
+from halfbyte.model.lora_init import LowRankStart
 from halfbyte.model.source import open_model
 from halfbyte.plan.memory import Setup, activation_bytes, kept_bytes, weight_bytes
 from halfbyte.plan.parameters import model_shape
@@ -55,13 +57,14 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family(MAKE, tiny_model, tmp_path_factory.mktemp("experts"))
 
 
-def loaded(folder: Path, *, double: bool = True) -> LoadedBase:
+def loaded(folder: Path, *, double: bool = True, **more: Any) -> LoadedBase:
     return load_base(
         open_model(ModelRecipe(name=str(folder))),
         quantization=QuantizationRecipe(double_quant=double),
         device="cpu",
         compute_dtype=torch.float32,
         rest_dtype=torch.float32,
+        **more,
     )
 
 
@@ -75,6 +78,21 @@ def rows(*lengths: int) -> list[TokenizedRow]:
         TokenizedRow(random.integers(3, 300, n).astype(np.int32), np.ones(n, dtype=bool), i)
         for i, n in enumerate(lengths)
     ]
+
+
+def test_how_far_loading_is_counts_every_matrix(folder: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    base = loaded(folder, progress=lambda done, total: heard.append((done, total)))
+    matrices = base.quantized_modules
+    of_experts = [6 * 2, 2 * 6 * 2]  # all of a layer's at once, then one linear layer at a time
+    done = [*of_experts, *range(of_experts[-1] + 1, matrices + 1)]
+    assert heard == [(n, matrices) for n in done]
+    # A hook takes its time for linear layers alone.
+    heard.clear()
+    hook = LowRankStart("pissa", {}, {}, seed=0)
+    loaded(folder, progress=lambda done, total: heard.append((done, total)), hook=hook)
+    linears = matrices - of_experts[-1]
+    assert heard == [(n, linears) for n in range(1, linears + 1)]
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])

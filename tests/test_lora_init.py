@@ -18,17 +18,22 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from halfbyte import Recipe
 from halfbyte.errors import ModelError
 from halfbyte.evaluate.held_out import unquantized_loss
+from halfbyte.events.types import Event, PhaseProgress
 from halfbyte.model.adapter_files import read_adapter, save_adapter
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.load import load_base
 from halfbyte.model.lora import attach_lora
 from halfbyte.model.lora_init import LowRankStart, of_residual, on_original, randomized_svd
 from halfbyte.model.source import open_model
+from halfbyte.plan.device import find_device
 from halfbyte.quant.nf4 import NF4Weight, quantize_nf4
 from halfbyte.recipe.schema import LoraRecipe, ModelRecipe, QuantizationRecipe
 from halfbyte.run.adapter_start import low_rank_start, put_saved, saved_adapter
+from halfbyte.run.record import RunRecord
+from halfbyte.run.setup import load_model
 from lora_case import (
     assert_same,
     make_rows,
@@ -66,8 +71,6 @@ def lora_of(init: str, **settings: Any) -> LoraRecipe:
 
 def model_of(folder: Path, lora: LoraRecipe, begun: Path | None = None) -> QLoRAModel:
     """Ours, put together as a run does it."""
-    from halfbyte import Recipe
-
     values = {"model": {"name": str(folder)}, "data": {"path": "rows.jsonl"}, "lora": lora}
     source = open_model(ModelRecipe(name=str(folder)))
     start = low_rank_start(Recipe.model_validate(values), source, begun)
@@ -103,6 +106,38 @@ def train_a_little(parameters: dict[str, nn.Parameter]) -> None:
 
 def original(folder: Path, name: str) -> Tensor:
     return load_file(folder / "model.safetensors")[f"{name}.weight"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq", "kaiming"])
+def test_those_who_watch_hear_how_far_it_is(
+    init: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.run.record.TOLD_EVERY", 0.0)
+    heard: list[Event] = []
+    recipe = Recipe.model_validate(
+        {"model": {"name": str(folder)}, "data": {"path": "x"}, "precision": "fp32"}
+        | {"lora": lora_of(init, lora_alpha=8)}
+    )
+    source, record = open_model(recipe.model), RunRecord([heard.append])
+    model, _ = load_model(recipe, source, find_device("cpu"), copied_layers=0, record=record)
+    matrices = len(model.linears)
+    assert heard == [
+        PhaseProgress("quantize", done, matrices, "matrices") for done in range(1, matrices + 1)
+    ]
+
+
+def test_progress_is_told_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("halfbyte.run.record.time.perf_counter", lambda: clock)
+    heard: list[Event] = []
+    tell = RunRecord([heard.append]).progress("quantize", "matrices")
+    for done in range(1, 101):
+        clock = done / 32
+        tell(done, 100)
+    # The first tick of 1/32 s that lies 0.1 s behind the last one told.
+    assert [event.done for event in heard if isinstance(event, PhaseProgress)] == [
+        *range(4, 101, 4)
+    ]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -268,8 +303,6 @@ def test_a_rank_that_no_weight_has_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
 def test_a_checkpoint_in_4_bits_has_no_weights_to_start_from(init: str) -> None:
-    from halfbyte import Recipe
-
     class InFourBits:
         name, stored_nf4 = "some-4bit", object()
 

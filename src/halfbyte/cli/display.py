@@ -217,10 +217,10 @@ class Display:
         if event.name != self._phase:
             return
         took = time.perf_counter() - self._phase_began
-        left = took * (event.rows - event.done) / event.done
+        left = took * (event.total - event.done) / event.done
         self._clear_phase()
-        share = event.done / event.rows
-        self._reached = f"{share:4.0%} of {event.rows:,} rows, {duration_text(left)} left"
+        share = event.done / event.total
+        self._reached = f"{share:4.0%} of {event.total:,} {event.of}, {duration_text(left)} left"
         self._show_phase()
 
     def _end_phase(self, name: str, seconds: float) -> None:

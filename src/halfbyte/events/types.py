@@ -87,12 +87,13 @@ class PhaseStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseProgress(Event):
-    """How many ``rows`` of how many are ``done``: for those who watch, the record keeps none."""
+    """How many of ``total`` are ``done``: for those who watch, the record keeps none."""
 
     kind: ClassVar[str] = "phase_progress"
     name: str
     done: int
-    rows: int
+    total: int
+    of: str = "rows"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ def load_base(
     compute_dtype: torch.dtype,
     rest_dtype: torch.dtype,
     hook: QuantizeHook | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LoadedBase:
     """Read and quantize the model of ``source`` on ``device``, or take it as it is quantized.
 
@@ -62,7 +63,9 @@ def load_base(
     ``compute_dtype`` stay in it and are widened where they are used: the same numbers. Of a
     checkpoint that is in NF4 already the codes and scales are kept bit for bit, whatever
     ``quantization`` says, and the linear layers that it left out are kept in ``compute_dtype``.
-    A ``hook`` is asked how each weight is quantized.
+    A ``hook`` is asked how each linear layer's weight is quantized, experts' are not among them.
+    ``progress`` hears how many of how many matrices are done; with a hook, which takes most of the
+    time, those of experts do not count.
 
     Raises ModelError for tensors that are missing, too many, or of a wrong shape or type.
     """
@@ -77,7 +80,10 @@ def load_base(
     _require_complete(model, source)
     parameters = sum(p.numel() for p in model.parameters())
     before = after = left_out = quantized = unreleased = 0
-    for name, module in find_experts(model).items():
+    mixtures = find_experts(model)
+    counted = {} if hook is not None else {n: _matrices(m) for n, m in mixtures.items()}
+    done, total = 0, len(linears) + sum(counted.values())
+    for name, module in mixtures.items():
         experts = _load_experts(source, name, module, quantization, device, compute_dtype)
         for matrix in experts.all_matrices:
             if isinstance(matrix, NF4Weight):
@@ -87,6 +93,9 @@ def load_base(
                 left_out += matrix.nbytes
         model.set_submodule(name, experts.eval())
         release_free_memory()
+        done += counted.get(name, 0)
+        if progress is not None and done:
+            progress(done, total)
     for name, linear, memory in _with_memory(linears, source, quantization, device):
         base: NF4Weight | DenseWeight
         if memory is None:
@@ -107,6 +116,9 @@ def load_base(
             base, bias, linear.in_features, linear.out_features, compute_dtype
         )
         model.set_submodule(name, layer.eval())
+        done += 1
+        if progress is not None:
+            progress(done, total)
         unreleased += 2 * linear.weight.numel()
         if unreleased > _RELEASE_EVERY:
             release_free_memory()
@@ -117,6 +129,11 @@ def load_base(
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     other = left_out + sum(kept.values())
     return LoadedBase(model, parameters, before, after, other, quantized)
+
+
+def _matrices(module: Any) -> int:
+    """How many matrices the experts of ``module`` have."""
+    return sum(len(module.get_parameter(leaf)) for leaf in (UP, DOWN))
 
 
 def _load_experts(

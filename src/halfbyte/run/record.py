@@ -8,7 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfbyte.events import Emit, EventLog, Record
-from halfbyte.events.types import Event, Phase, PhaseStarted
+from halfbyte.events.types import Event, Phase, PhaseProgress, PhaseStarted
+
+TOLD_EVERY = 0.1  # seconds
 
 
 class RunRecord:
@@ -62,6 +64,19 @@ class RunRecord:
         began = time.perf_counter()
         yield
         self(Phase(name, time.perf_counter() - began))
+
+    def progress(self, name: str, of: str) -> Callable[[int, int], None]:
+        """What tells how many ``of`` how many are done in the phase ``name``, ten times a second
+        at most."""
+        told = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told >= TOLD_EVERY:
+                self.tell(PhaseProgress(name, done, total, of))
+                told = time.perf_counter()
+
+        return tell
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:

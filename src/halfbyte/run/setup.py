@@ -137,6 +137,7 @@ def load_model(
         compute_dtype=compute_dtype,
         rest_dtype=rest_dtype,
         hook=start,
+        progress=None if record is None else record.progress("quantize", "matrices"),
     )
     if embedding_on_host:
         embedding_to_host(loaded.model)
