@@ -30,7 +30,7 @@ from halfbyte.events import read_events
 from halfbyte.events.types import Diverged, Event, Finished, Step, Warned
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.model.causal import QLoRAModel
-from halfbyte.run.divergence import SKIPS_IN_A_ROW, SkippedSteps, sentence
+from halfbyte.run.divergence import SKIPS_IN_A_ROW, SkippedSteps, named_rows, sentence
 from halfbyte.run.loss_table import Losses
 from halfbyte.run.setup import Trainer
 
@@ -133,6 +133,50 @@ def test_a_run_stops_with_one_sentence_and_goes_on_once_mended(place: Path) -> N
     assert "is NaN" not in Path("run/report.md").read_text(encoding="utf-8")
     assert halfbyte("train", "recipe.yaml", "--out", "whole")[0] == 0
     assert Path("run", WEIGHTS).read_bytes() == Path("whole", WEIGHTS).read_bytes()
+
+
+def test_rows_of_several_sources_are_named_with_their_own(place: Path) -> None:
+    """Each row is known by what it says, wherever the mix has put it."""
+    lines = Path("rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    parts = {"a.jsonl": lines[:10], "b.jsonl": lines[10:16], "c.jsonl": lines[16:]}
+    for name, part in parts.items():
+        Path(name).write_text("".join(part), encoding="utf-8")
+    bad = next((n, at) for n, p in parts.items() for at, line in enumerate(p, 1) if LETTER in line)
+    values = asked(batch_size=8, gradient_accumulation=2, epochs=1)
+    values["data"] = {"sources": [{"path": name} for name in parts], "held_out": 0}
+    with pytest.raises(DivergenceError) as caught:
+        train(Recipe.model_validate(values), out="run", runs=place)
+    event = next(e for e in events(Path("run")) if isinstance(e, Diverged))
+    named: dict[str, tuple[int, ...]] = dict.fromkeys(parts, ())
+    for source, row in zip(event.sources, event.rows, strict=True):
+        named[list(parts)[source]] += (row + 1,)
+    assert bad[1] in named[bad[0]]
+    assert all(at <= len(parts[name]) for name, rows in named.items() for at in rows)
+    assert (
+        sum(map(len, named.values())) == len(set(zip(event.sources, event.rows, strict=True))) > 8
+    )
+    # The first eight, by source.
+    said, left = [], 8
+    for name, rows in named.items():
+        if shown := list(map(str, sorted(rows)[:left])):
+            numbers = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+            said.append(f"row{'s' * (len(shown) > 1)} {numbers} of {name}")
+        left -= len(shown)
+    said.append(f"{sum(map(len, named.values())) - 8} more")
+    assert len(said) > 2
+    words = f"{', '.join(said[:-1])} and {said[-1]}"
+    assert f" is NaN on {words}, so training stopped" in str(caught.value)
+
+
+def test_a_source_that_is_named_twice_has_its_number() -> None:
+    paths = ["a.jsonl", "hub/set", "hub/set"]
+    assert named_rows([4, 0, 9], [2, 1, 1], paths) == (
+        "rows 1 and 10 of hub/set (source 2) and row 5 of hub/set (source 3)"
+    )
+    assert named_rows(range(9), [0] * 9, paths) == (
+        "rows 1, 2, 3, 4, 5, 6, 7, 8 and 1 more of a.jsonl"
+    )
+    assert named_rows([6], [0], paths) == "row 7 of a.jsonl"
 
 
 def test_under_loss_scaling_such_a_step_is_left_out(place: Path) -> None:
@@ -247,7 +291,7 @@ def told(number: int, loss: float, updated: bool, rows: int = 3) -> FinishedStep
 
 def noted(scaler: LossScaler, told_of: list[tuple[float, bool]]) -> tuple[int, str] | None:
     """The step after which there is no going on, and why; the scaler moves as in training."""
-    skipped = SkippedSteps(scaler)
+    skipped = SkippedSteps(scaler, lambda step: named_rows(step.rows))
     for number, (loss, updated) in enumerate(told_of, 1):
         scaler.update(torch.tensor(updated))
         reason = skipped.note(told(number, loss, updated))
@@ -283,7 +327,8 @@ def test_when_there_is_no_going_on(
 
 
 def test_the_sentence_names_eight_rows_at_most() -> None:
-    skipped = SkippedSteps(LossScaler(False, torch.device("cpu")))
+    scaler = LossScaler(False, torch.device("cpu"))
+    skipped = SkippedSteps(scaler, lambda step: named_rows(step.rows))
     for rows, words in ((1, "row 1"), (2, "rows 1 and 2"), (11, "rows 1, 2, 3, 4, 5, 6, 7, 8 and")):
         reason = skipped.note(told(1234, -math.inf, False, rows))
         assert reason is not None

@@ -384,6 +384,7 @@ class Diverged(Event):
     reason: str  # "the loss of step 7 is NaN"
     rows: list[int]  # numbers in the source, from 0, of the step's batches
     checkpoint: str | None = None  # the last good one, relative to the run folder
+    sources: list[int] = field(default_factory=list)  # of each row, where there are several
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ run at once, and in fp16 when a scale of 1 has not helped. Neither may go on for
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.loop.steps import FinishedStep
@@ -19,10 +20,14 @@ ROWS_NAMED = 8
 
 
 class SkippedSteps:
-    """Counts the steps that made no update and says when there is no going on."""
+    """Counts the steps that made no update and says when there is no going on.
 
-    def __init__(self, scaler: LossScaler) -> None:
+    ``name_rows`` says of which rows a step was, in words.
+    """
+
+    def __init__(self, scaler: LossScaler, name_rows: Callable[[FinishedStep], str]) -> None:
         self.scaler = scaler
+        self.name_rows = name_rows
         self.count = 0  # since step 1, in earlier processes as well
         self._in_a_row = 0
 
@@ -34,10 +39,11 @@ class SkippedSteps:
         if not math.isfinite(step.loss) and (
             not self.scaler.enabled or step.updated or self.scaler.scale.item() <= 1.0
         ):
-            return f"the loss of step {step.number:,} is {_word(step.loss)} on {_named(step.rows)}"
+            what = f"the loss of step {step.number:,} is {_word(step.loss)}"
+            return f"{what} on {self.name_rows(step)}"
         if self._in_a_row >= SKIPS_IN_A_ROW:
             return (
-                f"the gradient of step {step.number:,}, of {_named(step.rows)}, is the "
+                f"the gradient of step {step.number:,}, of {self.name_rows(step)}, is the "
                 f"{self._in_a_row}th in a row that is not finite"
             )
         return None
@@ -57,15 +63,37 @@ def sentence(reason: str, checkpoint: str | None, *, updated: bool, scaled: bool
     return f"{reason}, so training stopped{left}; {last}; {todo}."
 
 
-def _named(rows: tuple[int, ...]) -> str:
-    """``rows 3, 8 and 12``, as the report counts them."""
-    numbers = [f"{row + 1:,}" for row in sorted(rows)]
-    named, more = numbers[:ROWS_NAMED], len(numbers) - ROWS_NAMED
-    if more > 0:
-        return f"rows {', '.join(named)} and {more:,} more"
-    if len(named) == 1:
-        return f"row {named[0]}"
-    return f"rows {', '.join(named[:-1])} and {named[-1]}"
+def named_rows(rows: Sequence[int], sources: Sequence[int] = (), paths: Sequence[str] = ()) -> str:
+    """``rows 3, 8 and 12``, as the report counts them, the first few of many.
+
+    With the number of each row's source and all sources' ``paths``: ``rows 3 and 8 of a.jsonl and
+    row 12 of b.jsonl``.
+    """
+    placed = sorted(zip(sources or [0] * len(rows), rows, strict=True))
+    shown: dict[int, list[str]] = {}
+    for source, row in placed[:ROWS_NAMED]:
+        shown.setdefault(source, []).append(f"{row + 1:,}")
+    more = len(placed) - ROWS_NAMED
+    if len(shown) == 1 and more > 0:
+        [(source, numbers)] = shown.items()
+        return f"{_numbered([*numbers, f'{more:,} more'])}{_of(source, paths)}"
+    parts = [_numbered(numbers) + _of(source, paths) for source, numbers in shown.items()]
+    return _listed([*parts, f"{more:,} more"] if more > 0 else parts)
+
+
+def _numbered(numbers: list[str]) -> str:
+    return f"row{'s' if len(numbers) > 1 else ''} {_listed(numbers)}"
+
+
+def _of(source: int, paths: Sequence[str]) -> str:
+    if not paths:
+        return ""
+    which = f" (source {source + 1})" if paths.count(paths[source]) > 1 else ""
+    return f" of {paths[source]}{which}"
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _word(loss: float) -> str:

@@ -16,7 +16,7 @@ from halfbyte.evaluate.held_out import held_out_loss
 from halfbyte.events.types import Checkpointed, Diverged, Evaluated, Step, Warned
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.run.assembly import Assembly
-from halfbyte.run.divergence import SkippedSteps, sentence
+from halfbyte.run.divergence import SkippedSteps, named_rows, sentence
 from halfbyte.run.energy import EnergyMeter
 from halfbyte.run.fingerprint import package_versions
 from halfbyte.run.record import RunRecord
@@ -41,7 +41,7 @@ class Watch:
         self.best_adapter: dict[str, Tensor] | None = None
         self._last_loss: tuple[int, float] | None = None  # step, held-out loss
         self._saved = 0  # step of the last checkpoint
-        self.skipped = SkippedSteps(trainer.scaler)
+        self.skipped = SkippedSteps(trainer.scaler, self._name_rows)
         # Kept on the host: a rate read from the device would wait for all steps queued there.
         self._rates: list[float] = trainer.step.learning_rates.tolist()
         self._process = psutil.Process()
@@ -88,8 +88,11 @@ class Watch:
         )
         reason = self.skipped.note(step)
         if reason is not None:
-            event = Diverged(step.number, reason, list(step.rows), self._last_checkpoint())
-            self._stop(event, updated=step.updated)
+            sources = self._sources(step)
+            self._stop(
+                Diverged(step.number, reason, list(step.rows), self._last_checkpoint(), sources),
+                updated=step.updated,
+            )
         if not step.updated and not self.trainer.scaler.enabled:
             self.record(Warned("the gradient was not finite: no update was made", step.number))
 
@@ -143,6 +146,17 @@ class Watch:
         energy = self._energy.read()
         if energy is not None:
             self.record(energy)
+
+    def _sources(self, step: FinishedStep) -> list[int]:
+        """The number of the source of each of the step's rows; empty where there is one."""
+        if not self.assembly.recipe.data.sources:
+            return []
+        parts, rows = self.assembly.batches.positions(step.number), self.assembly.data.train_rows
+        return [rows[at].source for part in parts for at in part.tolist()]
+
+    def _name_rows(self, step: FinishedStep) -> str:
+        paths = [source.path for source in self.assembly.recipe.data.sources]
+        return named_rows(step.rows, self._sources(step), paths)
 
     def _evaluates(self, step: int) -> bool:
         every = int(self.assembly.recipe.evaluation.every_steps)
