@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -22,8 +23,17 @@ from halfbyte.model.source import open_model
 from halfbyte.model.trained_rows import train_rows
 from halfbyte.recipe.schema import LoraRecipe, ModelRecipe, QuantizationRecipe
 from halfbyte.run.adapter_start import saved_adapter
+from oracle.case import Family, save_model
 
 PREFIX = "base_model.model."
+
+
+def save_models(make: pytest.TempPathFactory, *families: Family) -> dict[str, Path]:
+    """Folders of a random model of each family."""
+    found = {family: make.mktemp(family) for family in families}
+    for family, folder in found.items():
+        save_model(folder, family)
+    return dict(found)
 
 
 def quantized(folder: Path) -> Any:
@@ -117,9 +127,9 @@ class Pass:
     gradients: dict[str, Tensor]
 
 
-def our_pass(model: QLoRAModel, rows: list[TokenizedRow]) -> Pass:
+def our_pass(model: QLoRAModel, rows: list[TokenizedRow], training: bool = True) -> Pass:
     parameters = model.lora_parameters()
-    model.network.train()
+    model.network.train(training)
     loss = model.loss_and_gradients(make_batch(rows), torch.ones(()))
     return Pass(loss.item(), {n: p.grad.clone() for n, p in parameters.items()})
 
@@ -137,13 +147,17 @@ def peft_pass(model: Any, rows: list[TokenizedRow]) -> Pass:
     return Pass(total.item(), gradients)
 
 
-def assert_same(ours: Pass, theirs: Pass) -> None:
-    """Loss to five digits, each gradient's direction and length."""
+def assert_same(ours: Pass, theirs: Pass, sparse: tuple[str, ...] = ()) -> None:
+    """Loss to five digits, each gradient's direction and length.
+
+    Gradients whose names end with one of ``sparse`` may be zero in most places.
+    """
     assert abs(ours.loss / theirs.loss - 1.0) < 1e-5
     assert ours.gradients.keys() == theirs.gradients.keys()
     for name, expected in theirs.gradients.items():
         a, b = ours.gradients[name].double().view(-1), expected.double().view(-1)
-        assert b.count_nonzero() > len(b) // 4, f"most of the gradient of {name} is zero"
+        least = 0 if name.endswith(sparse) else len(b) // 4
+        assert b.count_nonzero() > least, f"most of the gradient of {name} is zero"
         assert (a @ b / (a.norm() * b.norm())).item() > 0.9999, name
         assert abs((a.norm() / b.norm()).item() - 1.0) < 1e-3, name
 
@@ -154,14 +168,23 @@ def save(model: QLoRAModel, folder: Path, lora: LoraRecipe, base: Path) -> None:
     save_adapter(folder, layers, base_name=str(base), **settings)
 
 
-@torch.no_grad()
-def peft_logits(folder: Path, base: Any, rows: list[TokenizedRow]) -> Tensor:
-    """Logits of ``base`` with the saved adapter as PEFT loads it, nothing missing and no rest."""
+def peft_saved(folder: Path, base: Any) -> Any:
+    """``base`` with the saved adapter as PEFT loads it, ready to be trained but for dropout."""
     import peft
 
-    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any, rows: list[TokenizedRow]) -> Tensor:
+    """Each row alone, as the model itself runs it."""
     ids = [torch.from_numpy(row.input_ids).long()[None] for row in rows]
     return torch.cat([model(input_ids=i, use_cache=False).logits[0] for i in ids])
+
+
+def peft_logits(folder: Path, base: Any, rows: list[TokenizedRow]) -> Tensor:
+    """Logits of ``base`` with the saved adapter as PEFT loads it."""
+    return logits_of(peft_saved(folder, base), rows)
 
 
 @torch.no_grad()
@@ -172,3 +195,15 @@ def our_logits(model: QLoRAModel, rows: list[TokenizedRow]) -> Tensor:
 
 def _batch(rows: list[TokenizedRow]) -> Batch:
     return make_batch(rows)
+
+
+def with_its_start(qlora: QLoRAModel, folder: Path) -> Any:
+    """The base model as PiSSA's run has it: what was frozen, in 4 bits, and what was taken out."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, layer in qlora.linears.items():
+        weight = layer.base.dequantize(torch.float32)
+        if layer.initial is not None:
+            a, b = layer.initial
+            weight = weight + layer.scale * b @ a
+        base.get_submodule(name).weight = torch.nn.Parameter(weight)
+    return base

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from halfbyte.plan.parameters import model_shape
 from halfbyte.plan.resolve import setup_of
 from halfbyte.recipe.load import parse_recipe
 from halfbyte.recipe.schema import LoraRecipe
-from lora_case import Pass, make_rows, our_model, our_pass, put
-from oracle.case import save_model
+from lora_case import Pass, make_rows, our_model, our_pass, put, save_models
 from oracle.fused import fuse
 
 FUSED: dict[str, dict[str, Any]] = {
@@ -37,13 +35,8 @@ H100 = Device("cuda", "H100", 85 * 10**9, 80 * 10**9, (9, 0), True, 16)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = tmp_path_factory.mktemp("model")
-    save_model(found, "qwen2")
-    yield found
-    torch.set_num_threads(threads)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory, "qwen2")["qwen2"]
 
 
 def lora_of(settings: dict[str, Any]) -> LoraRecipe:

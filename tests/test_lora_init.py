@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,9 @@ from lora_case import (
     peft_parameters,
     peft_pass,
     quantized,
+    save_models,
     settings_of,
 )
-from oracle.case import save_model
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -56,13 +55,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = tmp_path_factory.mktemp("model")
-    save_model(found, "llama")
-    yield found
-    torch.set_num_threads(threads)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory, "llama")["llama"]
 
 
 def lora_of(init: str, **settings: Any) -> LoraRecipe:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from halfbyte.data.batching import make_batch
 from halfbyte.engine.saved import saved_bytes
@@ -22,8 +20,7 @@ from halfbyte.plan.parameters import model_shape
 from halfbyte.plan.resolve import setup_of
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.schema import LoraRecipe, TrainingRecipe
-from lora_case import make_rows, our_model
-from oracle.case import save_model
+from lora_case import make_rows, our_model, save_models
 
 NEW = ["<tool>", "</tool>"]
 BOTH = ["embed_tokens", "lm_head"]
@@ -44,15 +41,8 @@ H100 = Device("cuda", "H100", 85 * 10**9, 80 * 10**9, (9, 0), True, 16)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {}
-    for family in ("llama", "qwen3", "gemma3"):
-        found[family] = tmp_path_factory.mktemp(family)
-        save_model(found[family], family)  # type: ignore[arg-type]
-    yield found
-    torch.set_num_threads(threads)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_models(tmp_path_factory, "llama", "qwen3", "gemma3")
 
 
 def recipe_of(folder: Path, lora: dict[str, Any], tokens: list[str]) -> Recipe:

@@ -1,17 +1,18 @@
-"""Whole runs with adapters of other kinds: saved, read again, gone on with, asked, and in PEFT."""
+"""Whole runs with adapters of other kinds: saved, read again, gone on with, asked, and in PEFT.
+
+More than two settings at once, and longer runs than those of ``test_lora_pairs.py``.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
@@ -19,17 +20,10 @@ pytest.importorskip("peft")
 from halfbyte import Recipe, Run, train
 from halfbyte.events import read_events
 from halfbyte.events.types import Checked, Event, ModelLoaded, Step
-from halfbyte.model.causal import QLoRAModel
 from halfbyte.run.inference import load_for_inference
-from lora_case import make_rows, our_logits, peft_logits, quantized
-from oracle.case import save_model
+from lora_case import make_rows, our_logits, peft_logits, quantized, save_models, with_its_start
 
 CASES: dict[str, dict[str, Any]] = {
-    "DoRA, LoRA+": {
-        "lora": {"use_dora": True, "lora_dropout": 0.1},
-        "training": {"loraplus_lr_ratio": 8},
-    },
-    "PiSSA": {"lora": {"init": "pissa", "target_modules": ["q_proj", "down_proj"]}},
     "PiSSA, DoRA, rsLoRA, ranks": {
         "lora": {
             "init": "pissa_niter_16",
@@ -37,11 +31,6 @@ CASES: dict[str, dict[str, Any]] = {
             "use_rslora": True,
             "rank_pattern": {"v_proj": 8},
         }
-    },
-    "LoftQ": {"lora": {"init": "loftq", "r": 16, "lora_alpha": 16}},
-    "new tokens, LoRA+": {
-        "model": {"new_tokens": ["number", " and"]},
-        "training": {"loraplus_lr_ratio": 2},
     },
     "embedding whole, new tokens": {
         "model": {"new_tokens": ["number"]},
@@ -59,13 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, "llama")
-    yield folder
-    torch.set_num_threads(threads)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory, "llama")["llama"]
 
 
 def recipe(case: str, model: Path, rows: Path) -> Recipe:
@@ -131,15 +115,3 @@ def test_a_run(case: str, model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     base.resize_token_embeddings(qlora.head.weight.shape[0], mean_resizing=False)
     theirs = peft_logits(whole.adapter, base, rows)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-
-
-def with_its_start(qlora: QLoRAModel, folder: Path) -> Any:
-    """The base model as PiSSA's run has it: what was frozen, in 4 bits, and what was taken out."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name, layer in qlora.linears.items():
-        weight = layer.base.dequantize(torch.float32)
-        if layer.initial is not None:
-            a, b = layer.initial
-            weight = weight + layer.scale * b @ a
-        base.get_submodule(name).weight = torch.nn.Parameter(weight)
-    return base

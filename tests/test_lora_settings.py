@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from lora_case import (
     put,
     quantized,
     save,
+    save_models,
 )
-from oracle.case import save_model
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 NAMES = [
@@ -49,15 +48,8 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {}
-    for family in ("llama", "qwen2"):
-        found[family] = tmp_path_factory.mktemp(family)
-        save_model(found[family], family)  # type: ignore[arg-type]
-    yield found
-    torch.set_num_threads(threads)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_models(tmp_path_factory, "llama", "qwen2")
 
 
 # What a user may write: names, tails of names, whole names, and expressions that fit some.

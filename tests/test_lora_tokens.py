@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from lora_case import (
     put,
     quantized,
     save,
+    save_models,
 )
 from oracle.case import save_model
 
@@ -69,15 +69,8 @@ SMALL = LoraRecipe(r=4, lora_alpha=8.0, target_modules=["q_proj", "down_proj"])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {}
-    for family in ("llama", "qwen3", "gemma3"):
-        found[family] = tmp_path_factory.mktemp(family)
-        save_model(found[family], family)  # type: ignore[arg-type]
-    yield found
-    torch.set_num_threads(threads)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_models(tmp_path_factory, "llama", "qwen3", "gemma3")
 
 
 def rows_with(new: NewTokens | None) -> list[TokenizedRow]:
