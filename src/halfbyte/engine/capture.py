@@ -60,6 +60,7 @@ class CapturedStep:
     def __call__(self, number: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Step ``number`` (from 1); each of ``micro_batches`` has the shape of a bucket."""
         num_labels = sum(batch.num_labels for batch in micro_batches)
+        self.step.model.begin_step(number)
         if not self._whole:
             self.step.begin()
         for index, batch in enumerate(micro_batches):

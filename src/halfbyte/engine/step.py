@@ -73,6 +73,7 @@ class TrainStep:
         """Step ``number`` (from 1) on the rows of all ``micro_batches`` together."""
         model = self.model
         num_labels = sum(batch.num_labels for batch in micro_batches)
+        model.begin_step(number)
         self.begin()
         for index, batch in enumerate(micro_batches):
             if model.position is not None:

@@ -52,6 +52,7 @@ class QLoRAModel:
         self.device: torch.device = self.head.weight.device
         self.fused: FusedNetwork | None = None
         self.kernels: Kernels | None = None
+        self._own_dropout = _has_dropout(network.config)
         self._adapter_on = True
         with short_windows(network):
             theirs = _own_logits(self)
@@ -224,6 +225,15 @@ class QLoRAModel:
             softcap=self.head.softcap,
         )
 
+    def begin_step(self, number: int) -> None:
+        """To be called at the beginning of step ``number``.
+
+        What the network drops by itself comes out of PyTorch's generators. They begin anew with
+        each step, so that a seed makes one training, and a run that goes on the same.
+        """
+        if self._own_dropout and self.position is not None:
+            torch.manual_seed((self.position.seed << 32) + number)
+
     def loss_and_gradients(self, batch: Batch, factor: Tensor) -> Tensor:
         """The loss sum, fp32 scalar, and ``factor`` times its gradients added to the adapters'.
 
@@ -258,7 +268,7 @@ class QLoRAModel:
             getattr(network, f"{off}_checkpointing_disable")()
             return
         # Our dropout masks are made again from their keys; a model's own come out of a generator.
-        how = {"use_reentrant": False, "preserve_rng_state": _has_dropout(network.config)}
+        how = {"use_reentrant": False, "preserve_rng_state": self._own_dropout}
         if renamed:
             network.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
         else:
@@ -318,15 +328,28 @@ def _check_logits(model: QLoRAModel, theirs: Tensor) -> None:
         )
 
 
+def attention_dropout(config: Any) -> float:
+    """The share of attention's probabilities that a network of transformers drops in training.
+
+    Ours never does.
+    """
+    return max((p for name, p in _dropouts(config).items() if name.startswith("att")), default=0.0)
+
+
 def _has_dropout(config: Any) -> bool:
-    """Whether the network drops anything by itself, attention's probabilities apart, which our
-    attention never drops."""
-    found = config.get_text_config().to_dict()
-    return any(
-        isinstance(value, float) and value > 0.0
-        for name, value in found.items()
-        if ("dropout" in name or name.endswith("pdrop")) and not name.startswith("att")
-    )
+    """Whether the network drops anything else by itself."""
+    return any(not name.startswith("att") for name in _dropouts(config))
+
+
+def _dropouts(config: Any) -> dict[str, float]:
+    """Names and shares of all dropouts of a configuration that are not 0."""
+    return {
+        name: value
+        for name, value in config.get_text_config().to_dict().items()
+        if ("dropout" in name or name.endswith("pdrop"))
+        and isinstance(value, float)
+        and value > 0.0
+    }
 
 
 def _two_rows() -> Batch:

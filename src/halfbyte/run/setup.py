@@ -22,11 +22,11 @@ from halfbyte.engine.products import (
 from halfbyte.engine.result import StepResult
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.engine.step import TrainStep
-from halfbyte.events.types import Choice, Fallback, ModelLoaded
+from halfbyte.events.types import Choice, Fallback, ModelLoaded, Warned
 from halfbyte.kernels.cache import VARIABLE as CACHE_VARIABLE
 from halfbyte.kernels.choice import PLAIN, Kernel, Kernels, choose_kernels
 from halfbyte.kernels.trial import Trial
-from halfbyte.model.causal import QLoRAModel
+from halfbyte.model.causal import QLoRAModel, attention_dropout
 from halfbyte.model.fusable import TRAINED_ENDS
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
@@ -165,6 +165,8 @@ def load_model(
     model = QLoRAModel(loaded.model, lora, compute_dtype, rows)
     for parameter in model.lora_parameters().values():
         parameter.requires_grad_(True)
+    if record is not None:
+        _tell_of_dropout(source, record)
     if record is not None and device.kind == "cuda":
         _fuse(model, device, record, earlier, trial)
     copied = 0
@@ -191,6 +193,18 @@ def load_model(
         template_of_base=source.chat_template is not None,
         licence=source.licence,
     )
+
+
+def _tell_of_dropout(source: ModelSource, record: RunRecord) -> None:
+    share = attention_dropout(source.config)
+    if share > 0.0:
+        record(
+            Warned(
+                f"the configuration of {source.name} drops {share:.0%} of attention's "
+                "probabilities in training, which halfbyte's attention does not; set "
+                "lora.lora_dropout if the adapter learns its rows by heart"
+            )
+        )
 
 
 def _kernels(device: Device, earlier: Strategy | None) -> tuple[Kernels, str]:
