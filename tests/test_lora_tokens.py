@@ -27,7 +27,7 @@ from halfbyte.model.adapter_files import read_adapter
 from halfbyte.model.host_reads import HostReads
 from halfbyte.model.load import load_base
 from halfbyte.model.new_tokens import NewTokens
-from halfbyte.model.source import open_model
+from halfbyte.model.source import open_model, open_tokenizer
 from halfbyte.model.trained_rows import train_rows
 from halfbyte.plan.device import Device
 from halfbyte.recipe.schema import LoraRecipe, ModelRecipe, QuantizationRecipe
@@ -282,3 +282,15 @@ def test_it_is_said_that_layers_are_not_fused(
     assert model.fused is None
     reasons = [event.reason for event in heard if isinstance(event, Fallback)]
     assert "lora.modules_to_save, model.new_tokens" in reasons[0]
+
+
+def test_who_asks_for_the_tokenizer_alone_gets_the_new_tokens_too(folders: dict[str, Path]) -> None:
+    recipe = ModelRecipe(name=str(folders["llama"]), new_tokens=["<tool>", "<end>"])
+    source, (tokenizer, config) = open_model(recipe), open_tokenizer(recipe)
+    text = "a <tool> of <end>"
+    assert tokenizer(text)["input_ids"] == source.tokenizer(text)["input_ids"]
+    assert (
+        config.vocab_size
+        == source.config.vocab_size
+        == tokenizer.convert_tokens_to_ids("<end>") + 1
+    )

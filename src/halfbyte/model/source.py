@@ -160,11 +160,18 @@ def _open(model: ModelRecipe) -> ModelSource:
 
 def open_tokenizer(model: ModelRecipe) -> tuple[Any, Any]:
     """The tokenizer and the transformers configuration of a model, looked for as ``open_model``
-    does.
+    does, with ``model.new_tokens``.
 
     No weight is read, and none downloaded but where a GGUF file holds these settings too. Raises
     ModelError.
     """
+    tokenizer, config = _open_tokenizer(model)
+    if model.new_tokens:
+        config, _ = add_tokens(tokenizer, config, model.new_tokens, model.name)
+    return tokenizer, config
+
+
+def _open_tokenizer(model: ModelRecipe) -> tuple[Any, Any]:
     name, folder = model.name, Path(model.name).expanduser()
     if not folder.exists() and folder.suffix != ".gguf" and looks_like_hub_name(name):
         found = find_hub_model(name, model.revision)
@@ -172,7 +179,7 @@ def open_tokenizer(model: ModelRecipe) -> tuple[Any, Any]:
     if folder.is_dir() and not any(folder.glob("*.gguf")):
         config = read_config(folder, name)
         return load_tokenizer(folder, name, config.model_type), config
-    source = open_model(model)
+    source = _open(model)
     return source.tokenizer, source.config
 
 
