@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dropout import keep_mask
-from halfbyte.kernels.lora_linear import ApplyDropout, Key
+from halfbyte.kernels.lora_linear import ApplyDropout, Key, drop
 
 
 def row_squares(weight: Tensor) -> Tensor:
@@ -113,13 +113,8 @@ def _excess(magnitude: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dropped(x: Tensor, p: float, key: Key | None, apply: ApplyDropout | None) -> Tensor:
     """``x`` with what is kept scaled by 1 / (1 - p)."""
-    if key is None:
-        return x
-    if apply is None:
-        return x * keep_mask(tuple(x.shape), p, key, x.device, x.dtype) * (1.0 / (1.0 - p))
-    dropped = torch.empty_like(x)
-    apply(x, key, p, dropped)
-    return dropped
+    dropped = drop(x, p, key, apply)
+    return dropped if key is None or apply is not None else dropped * (1.0 / (1.0 - p))
 
 
 def dora_linear(

@@ -48,7 +48,7 @@ class LoraLinear(torch.autograd.Function):
         if key is not None and apply is None:
             # What is kept is scaled by 1 / (1 - p); that is one number with s.
             scale = scale / (1.0 - p)
-        u = _drop(xc, p, key, apply) @ lora_A.to(dtype).t()
+        u = drop(xc, p, key, apply) @ lora_A.to(dtype).t()
         y.addmm_(u, lora_B.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(x, u, lora_A, lora_B)
         ctx.weight, ctx.scale, ctx.dtype = weight, scale, dtype
@@ -66,7 +66,7 @@ class LoraLinear(torch.autograd.Function):
         mask = None
         if key is not None and apply is None:
             mask = keep_mask(tuple(xc.shape), ctx.p, key, xc.device, dtype)
-        dropped = _drop(xc, ctx.p, key, apply) if mask is None else xc * mask
+        dropped = drop(xc, ctx.p, key, apply) if mask is None else xc * mask
         d_a = (g.t() @ dropped).to(lora_A.dtype)
         d_b = ((dy.t() @ u) * ctx.scale).to(lora_B.dtype)
         d_x = None
@@ -82,8 +82,8 @@ class LoraLinear(torch.autograd.Function):
         return d_x, d_a, d_b, *(None,) * 7
 
 
-def _drop(x: Tensor, p: float, key: Key | None, apply: ApplyDropout | None) -> Tensor:
-    """``x`` dropped, and scaled only by ``apply``."""
+def drop(x: Tensor, p: float, key: Key | None, apply: ApplyDropout | None) -> Tensor:
+    """``x`` dropped, and what is kept scaled by 1 / (1 - p) only where ``apply`` does it."""
     if key is None:
         return x
     if apply is None:

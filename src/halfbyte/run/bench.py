@@ -45,8 +45,8 @@ from halfbyte.plan.precision import choose_precision
 from halfbyte.recipe import Recipe
 from halfbyte.run.assembly import assemble
 from halfbyte.run.bench_workload import ON_CPU, ON_GPU, Workload, make_workload
+from halfbyte.run.precision import DTYPES
 from halfbyte.run.record import RunRecord
-from halfbyte.run.setup import DTYPES
 from halfbyte.run.training import train
 
 PEER_PACKAGES = ("trl", "peft", "bitsandbytes")

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from halfbyte.run.bench import figures
-from halfbyte.run.setup import DTYPES
+from halfbyte.run.precision import DTYPES
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from halfbyte.plan.device import Device
 from halfbyte.quant.joined import extra_columns
 from halfbyte.recipe.schema import LoraRecipe
 from halfbyte.run.assembly import Assembly
+from halfbyte.run.precision import DTYPES
 from halfbyte.run.record import RunRecord
 
 Key = TypeVar("Key")
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FAMILIES = ("llama", "mistral", "qwen2")  # whose layers can be fused
 MOST_WORKERS = 8
 # What a process takes of a GPU's memory, its context and the kernels' inputs together.
@@ -111,7 +111,7 @@ def trial_spec(assembly: Assembly, device: str) -> TrialSpec | None:
         return None
     if config.hidden_act not in ACTIVATIONS or assembly.buckets is None:
         return None
-    compute = DTYPES[str(recipe.precision)]
+    compute = str(DTYPES[str(recipe.precision)]).removeprefix("torch.")
     adapters = _adapters(config, recipe.lora)
     if adapters is None or recipe.model.new_tokens:
         return None

@@ -45,6 +45,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.run.adapter_start import low_rank_start
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.kernel_trial import passed
+from halfbyte.run.precision import DTYPES
 from halfbyte.run.record import RunRecord
 from halfbyte.run.strategy import Strategy, kernel_names, kernels_named, versions_here
 
@@ -55,8 +56,6 @@ _WHY_CAPTURED = (
 _WHY_BUCKETS = (
     "a batch is padded to the first of these numbers of tokens that holds it, so that shapes repeat"
 )
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
