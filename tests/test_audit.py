@@ -300,7 +300,7 @@ def test_the_audit_takes_any_rows(
         tokenizer=tokenizer,
         template=template,
         max_length=20,
-        dropped={"empty answer": [1, 2]},
+        dropped={"empty answer": rows[:2]},
         thorough=thorough,
     )
     for finding in find_all(look):

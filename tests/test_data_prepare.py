@@ -65,8 +65,8 @@ def test_the_audit_counts_what_a_loop_over_tokens_counts(tokenizer: Any, tmp_pat
     assert audit.rows_dropped == {"empty answer": 2, "nothing to learn after cutting": 1}
     assert (audit.rows_read, audit.rows_held_out) == (40, 1)
     assert audit.rows_used + audit.rows_held_out + sum(audit.rows_dropped.values()) == 40
-    assert numbers(found.train + found.held_out) != list(range(40))
-    assert set(numbers(found.train + found.held_out)) == set(range(40)) - {3, 7, 12}
+    assert numbers([*found.train, *found.held_out]) != list(range(40))
+    assert set(numbers([*found.train, *found.held_out])) == set(range(40)) - {3, 7, 12}
     assert found.held_out_rows == [
         Example.question_and_answer(n, *rows[n].values()) for n in numbers(found.held_out)
     ]
@@ -158,7 +158,7 @@ def test_rows_held_out_by_the_seed(tokenizer: Any, tmp_path: Path) -> None:
     found = prepared(tokenizer, tmp_path, rows)
     assert (len(found.train), len(found.held_out)) == (95, 5)
     assert choice(found, "data.held_out").value == 5
-    assert sorted(numbers(found.train + found.held_out)) == list(range(100))
+    assert sorted(numbers([*found.train, *found.held_out])) == list(range(100))
     again = prepared(tokenizer, tmp_path, rows)
     other = prepared(tokenizer, tmp_path, rows, seed=43)
     assert numbers(again.held_out) == numbers(found.held_out) != numbers(other.held_out)

@@ -176,7 +176,7 @@ def test_sources_of_several_formats_train_together(tokenizer: Any, tmp_path: Pat
     assert [trained[i] + held[i] for i in range(3)] == [200, 100, 60]
     assert [held[i] for i in range(3)] == [20, 10, 6]
     # A row is numbered in its own source, stands once, and is read as that source says.
-    seen = {(row.source, row.row) for row in found.train_rows + found.held_out_rows}
+    seen = {(row.source, row.row) for row in [*found.train_rows, *found.held_out_rows]}
     assert len(seen) == 360
     assert max(row.row for row in found.train_rows if row.source == 2) < 70
     text = {0: "What is {} + 1?", 1: "Add one.\n\n{}", 2: "{} plus 1?"}

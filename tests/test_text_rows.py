@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
@@ -25,7 +26,7 @@ from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import ModelChat
 from halfbyte.data.example import Example, Message
 from halfbyte.data.prepare import prepare
-from halfbyte.data.rendered import render
+from halfbyte.data.rendered import Parts, Rendered, render
 from halfbyte.data.template import Template, make_template, reference
 from halfbyte.data.text_rows import opening
 from halfbyte.data.tokenize import tokenize_rows
@@ -247,26 +248,35 @@ def test_an_instruction_for_all_rows_is_none_for_conversations() -> None:
         template.rows(Example(0, TURNS), "answer")
 
 
+def rendered(template: Any, rows: list[Example], loss_on: Any) -> Rendered:
+    found = Rendered()
+    assert len(list(render(template, rows, loss_on, found))) == len(found.places)
+    return found
+
+
 def test_rows_that_are_refused_are_counted_and_named() -> None:
     template = ModelChat(tokenizer_of("gemma-2"))
     good, bad = Example(0, TURNS), Example(4, (SYSTEM, *TURNS))
     silent = Example(5, (TURNS[0], Message("assistant", " ")))
-    found = render(template, [good, bad, silent, good], "answer")
-    assert found.places == [0, 3]
-    assert {place: error.kind for place, error in found.refused.items()} == {1: REFUSED}
-    [warning] = found.warnings(4)
+    rows = [good, bad, silent, good]
+    found = rendered(template, rows, "answer")
+    assert found.places.tolist() == [0, 3]
+    assert {kind: places.tolist() for kind, places in found.kinds().items()} == {REFUSED: [1]}
+    [warning] = found.warnings(rows)
     assert warning.startswith("1 of 4 rows are left out, such as row 5: the model's chat template")
     assert "System role not supported" in warning
     with pytest.raises(RowRefused, match=r"row 5: .*System role not supported"):
-        render(template, [bad, silent], "answer")
-    flagged = render(
+        rendered(template, [bad, silent], "answer")
+    flagged = rendered(
         template, [good, Example(1, (TURNS[0], Message("assistant", "4", learn=True)))], "flags"
     )
-    assert [error.kind for error in flagged.refused.values()] == [UNLEARNED]
-    mistral = render(ModelChat(tokenizer_of("mistral-nemo")), [bad, good], "answer")
-    assert mistral.places == [0, 0, 1]
-    assert [part.turns for part in mistral.parts] == [(2,), (4,), None]
-    assert mistral.warnings(2)[0].startswith("1 of 2 conversations are trained as 2 rows")
+    assert list(flagged.kinds()) == [UNLEARNED]
+    mistral = rendered(ModelChat(tokenizer_of("mistral-nemo")), [bad, good], "answer")
+    assert mistral.places.tolist() == [0, 0, 1]
+    parts = Parts([bad, good], mistral, np.arange(3))
+    assert [part.turns for part in parts] == [(2,), (4,), None]
+    assert [len(part.messages) for part in parts] == [3, 5, len(good.messages)]
+    assert mistral.warnings([bad, good])[0].startswith("1 of 2 conversations are trained as 2 rows")
 
 
 def recipe_of(folder: Path, rows: list[dict[str, Any]], **data: Any) -> Recipe:

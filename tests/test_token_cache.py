@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from halfbyte.data import token_cache
 from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.rendered import Rendered
 from halfbyte.data.row_store import RowWriter
 from halfbyte.data.token_cache import content_key, find_rows, keep_rows
 
@@ -21,11 +23,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "halfbyte" / "tokens"
 
 
-def writes(count: int) -> object:
-    def write(writer: RowWriter) -> None:
+def writes(count: int) -> Callable[[RowWriter], Rendered]:
+    def write(writer: RowWriter) -> Rendered:
+        found = Rendered()
         for n in range(count):
             ids = np.arange(n + 1, dtype=np.int32)
             writer.extend([TokenizedRow(ids, ids > 0, n)])
+            found.places.append(2 * n)
+            found.turns.extend(range(n))
+            found.turn_ends.append(len(found.turns))
+        found.refused.append(1)
+        found.refused_why.append(0)
+        found.reasons.append(("kind", "why"))
+        return found
 
     return write
 
@@ -36,16 +46,35 @@ def test_what_was_kept_is_found_and_nobody_else_may_read_it(home: Path) -> None:
     kept = keep_rows(key, writes(3))
     found = find_rows(key)
     assert found is not None
-    for rows in (kept, found):
+    assert kept[1] == found[1]
+    for rows, rendered in (kept, found):
         assert [row.input_ids.tolist() for row in rows] == [[0], [0, 1], [0, 1, 2]]
+        assert rows.labels.tolist() == [0, 1, 2]
+        assert [rendered.turns_of(row) for row in range(3)] == [None, (0,), (0, 1)]
+        assert rendered.reasons == [("kind", "why")]
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert stat.S_IMODE((home / key).stat().st_mode) == 0o700
-    (home / key / "ids.bin").write_bytes(b"")
-    assert find_rows(key) is None
-    assert len(keep_rows(key, writes(2))) == 2
+    assert len(keep_rows(key, writes(2))[0]) == 2
     again = find_rows(key)
     assert again is not None
-    assert len(again) == 2
+    assert len(again[0]) == 2
+
+
+def test_what_is_damaged_is_not_there(home: Path) -> None:
+    keep_rows("key", writes(3))
+    folder = home / "key"
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for damaged in (b"", whole[:-3], whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]):
+            path.write_bytes(damaged)
+            if path.suffix != ".npz" or len(damaged) < len(whole):
+                assert find_rows("key") is None, path.name
+        path.write_bytes(whole)
+        assert find_rows("key") is not None
+    numbers = bytearray((folder / "rendered.npz").read_bytes())
+    numbers[len(numbers) // 8] ^= 1
+    (folder / "rendered.npz").write_bytes(numbers)
+    assert find_rows("key") is None
 
 
 def test_keys_tell_parts_apart() -> None:
@@ -65,7 +94,7 @@ def test_the_oldest_goes_first(home: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(home: Path) -> None:
-    def fails(writer: RowWriter) -> None:
+    def fails(writer: RowWriter) -> Rendered:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
@@ -79,5 +108,6 @@ def test_without_a_place_the_rows_are_there_all_the_same(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert find_rows("key") is None
-    rows = keep_rows("key", writes(2))
-    assert [len(row) for row in rows] == [1, 2]
+    for key in ("key", None):
+        rows, _ = keep_rows(key, writes(2))
+        assert [len(row) for row in rows] == [1, 2]

@@ -15,16 +15,17 @@ from halfbyte.data.audit.findings import find_all
 from halfbyte.data.audit.lengths import length_percentiles, percentile
 from halfbyte.data.audit.sample import sample_of
 from halfbyte.data.audit.subject import EMPTY_ANSWER, NOTHING_LEFT, Subject
-from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.cleaning.funnel import check_packages
 from halfbyte.data.cleaning.stages import CLEANING, clean_read, drop_overlap
 from halfbyte.data.example import Example
-from halfbyte.data.long_rows import TOO_LONG, Fitted, Leading, count_fitted
+from halfbyte.data.fitted import Fitted, Pieces, Shown
+from halfbyte.data.long_rows import TOO_LONG, Leading
 from halfbyte.data.packing import LONG_ENOUGH, good_length
-from halfbyte.data.rendered import Rendered, render
+from halfbyte.data.rendered import Parts, Rendered
 from halfbyte.data.split import choose_held_out, mix_rows, read_split
 from halfbyte.data.template import Template, make_template
-from halfbyte.data.tokenize import Progress, tokenize_rows
+from halfbyte.data.token_rows import token_rows
+from halfbyte.data.tokenize import Progress
 from halfbyte.data.turns import REFUSED, UNLEARNED
 from halfbyte.errors import DataError
 from halfbyte.events.types import Audited, Choice, Found, Funnel
@@ -38,10 +39,10 @@ SHORTEST = 8  # the least that data.max_length takes
 class Prepared:
     """The rows of a run and how they came about."""
 
-    train: list[TokenizedRow]  # in the order of the source; Batches shuffles them
-    held_out: list[TokenizedRow]
-    train_rows: list[Example]  # aligned with train; see Template.rows
-    held_out_rows: list[Example]  # of held_out, which has several of one that was split
+    train: Pieces  # in the order of the source; Batches shuffles them
+    held_out: Pieces
+    train_rows: Sequence[Example]  # aligned with train; see Template.rows
+    held_out_rows: Sequence[Example]  # of held_out, which has several of one that was split
     max_length: int
     template: Template
     formats: list[str]  # of the sources, in their order
@@ -88,21 +89,15 @@ def prepare(
     cleaned = clean_read(data, read)
     mix_rows(data, read, recipe.seed)
     template, choices = make_template(data, tokenizer, texts=read.texts)
-    rendered = render(template, read.rows, data.loss_on)
-    numbers = [part.row for part in rendered.parts]
-    whole = tokenize_rows(tokenizer, rendered.segments, numbers, progress)
-    rendered.segments.clear()  # their texts, once more than the examples have them
+    whole, rendered = token_rows(data, read.rows, template, tokenizer, choices, progress)
     may_train = len(read.rows) - read.apart
-    lengths = [len(row) for i, row in zip(rendered.places, whole, strict=True) if i < may_train]
+    of_row = np.asarray(rendered.places)  # the place of each row's example
+    lengths = whole.lengths[of_row < may_train]
     max_length = _max_length(data, lengths, model_max_length, choices)
-    leading = Leading.of(tokenizer)
-    rows: dict[int, list[tuple[Example, Fitted]]] = {}
-    for i, part, row in zip(rendered.places, rendered.parts, whole, strict=True):
-        fitted = Fitted.of(row, max_length, data.long_rows, leading)
-        rows.setdefault(i, []).append((part, fitted))
+    fitted = Fitted.of(whole, max_length, data.long_rows, Leading.of(tokenizer))
     usable = np.zeros(len(read.rows), dtype=bool)
-    usable[[i for i, parts in rows.items() if any(row.learned for _, row in parts)]] = True
-    dropped = _dropped(rows, rendered, usable)
+    usable[of_row[fitted.rows[fitted.labels > 0]]] = True
+    dropped = _dropped(fitted, rendered, of_row, usable)
 
     if not usable[:may_train].any():  # said before anything is said of held-out rows
         raise DataError(_no_rows(data, _counted(dropped, may_train), max_length))
@@ -111,48 +106,48 @@ def prepare(
     trains[may_train:] = False
     funnel = drop_overlap(data, read, trains, held_out, cleaned)
     places = np.flatnonzero(trains)
-    train_at = read.in_an_epoch(places).tolist()
-    held_out_at = np.flatnonzero(held_out).tolist()
-    if not train_at:
+    train_at = read.in_an_epoch(places)
+    held_out_at = np.flatnonzero(held_out)
+    if not len(train_at):
         raise DataError(
             f"{data.name} leaves no row to train: all of them are held out; hold out fewer."
         )
-    trained = [one for i in train_at for one in rows[i]]
-    train = [piece for _, row in trained for piece in row.learned]
-    train_rows = [part for part, row in trained for _ in row.learned]
-    held_out_rows = [read.rows[i] for i in held_out_at]
+    trained = _rows_of(of_row, train_at)
+    learned = fitted.learned_of(trained)
+    train = Pieces(fitted, learned)
+    train_rows = Parts(read.rows, rendered, fitted.rows[learned])
+    held_out_rows = read.rows.among(held_out_at)
     audit = Audited(
         source=data.name,
         rows_read=considered + (cleaned.dropped if cleaned else 0),
         rows_used=len(train_at),
         rows_held_out=len(held_out_at),
-        **count_fitted([row for _, row in trained]),
+        **fitted.count(trained),
         rows_dropped=dict(
             _counted(dropped, considered) + Counter({CLEANING: funnel.dropped if funnel else 0})
         ),
         template=template.name,
         loss_on=data.loss_on,
         max_length=max_length,
-        tokens=sum(map(len, train)),
-        labels=sum(row.num_labels for row in train),
-        length_percentiles=length_percentiles([len(row.whole) for _, row in trained]),
+        tokens=int(train.lengths.sum()),
+        labels=int(train.labels.sum()),
+        length_percentiles=length_percentiles(whole.lengths[trained]),
         sample=sample_of(tokenizer, template.segments(train_rows[0], data.loss_on), train[0]),
         sample_row=train[0].row,
         columns=read.columns,
         sha256=read.sha256,
     )
+    rows = _rows_of(of_row, places)
     findings = find_all(
         Subject(
             data=data,
-            rows=[part for i in places.tolist() for part, _ in rows[i]],
-            tokenized=[row.shown for i in places.tolist() for _, row in rows[i]],
+            rows=Parts(read.rows, rendered, rows),
+            tokenized=Shown(fitted, rows),
             held_out=held_out_rows,
             tokenizer=tokenizer,
             template=template,
             max_length=max_length,
-            dropped={
-                why: [read.rows[i].row for i in at if i < considered] for why, at in dropped.items()
-            },
+            dropped={why: read.rows.among(at[at < considered]) for why, at in dropped.items()},
             thorough=thorough,
         )
     )
@@ -164,7 +159,7 @@ def prepare(
         )
     return Prepared(
         train=train,
-        held_out=[piece for i in held_out_at for _, row in rows[i] for piece in row.learned],
+        held_out=Pieces(fitted, fitted.learned_of(_rows_of(of_row, held_out_at))),
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         max_length=max_length,
@@ -175,7 +170,7 @@ def prepare(
         warnings=[
             *read.warnings,
             *template.warnings,
-            *rendered.warnings(len(read.rows)),
+            *rendered.warnings(read.rows),
             *warnings,
         ],
         findings=findings,
@@ -184,7 +179,7 @@ def prepare(
 
 
 def _max_length(
-    data: DataRecipe, lengths: Sequence[int], model_max_length: int, choices: list[Choice]
+    data: DataRecipe, lengths: np.ndarray, model_max_length: int, choices: list[Choice]
 ) -> int:
     """As stated, or the 99th percentile of ``lengths``, within what the model takes.
 
@@ -192,12 +187,12 @@ def _max_length(
     """
     if data.max_length != "auto":
         return int(data.max_length)
-    if not lengths:
+    if not len(lengths):
         return min(SHORTEST, model_max_length)
     wanted = max(SHORTEST, percentile(lengths, 99))
-    filled = min(good_length(sum(lengths), len(lengths)), LONG_ENOUGH) if data.packing else 0
+    filled = min(good_length(int(lengths.sum()), len(lengths)), LONG_ENOUGH) if data.packing else 0
     chosen = min(max(wanted, filled), model_max_length)
-    longest = f"the longest has {max(lengths):,} tokens"
+    longest = f"the longest has {lengths.max():,} tokens"
     if wanted < chosen == filled:
         reason = f"packs that hold about eight rows are filled well; {longest}"
     elif chosen >= wanted:
@@ -208,25 +203,41 @@ def _max_length(
     return chosen
 
 
+def _rows_of(of_row: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The tokenized rows of the examples at ``places``, in that order; int64.
+
+    ``of_row`` int64 [rows] is the place of each row's example and ascends.
+    """
+    begins, ends = (np.searchsorted(of_row, places, side) for side in ("left", "right"))
+    counts = ends - begins
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(begins, counts) + within
+
+
 def _dropped(
-    rows: Mapping[int, Sequence[tuple[Example, Fitted]]], rendered: Rendered, usable: np.ndarray
-) -> dict[str, list[int]]:
-    """Reason to the places of the examples left out; those that were rendered are in ``rows``."""
-    dropped: dict[str, list[int]] = {}
-    for i in np.flatnonzero(~usable).tolist():
-        if i in rendered.refused:
-            why = rendered.refused[i].kind
-        elif i not in rows:
-            why = EMPTY_ANSWER
-        else:
-            why = NOTHING_LEFT if any(row.pieces for _, row in rows[i]) else TOO_LONG
-        dropped.setdefault(why, []).append(i)
-    return dropped
+    fitted: Fitted, rendered: Rendered, of_row: np.ndarray, usable: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Reason to the places of the examples left out, int64, those before the others first."""
+    made, kept = np.zeros((2, len(usable)), dtype=bool)
+    made[of_row] = True
+    kept[of_row[fitted.rows]] = True
+    refused = rendered.kinds()
+    empty = ~made
+    for places in refused.values():
+        empty[places] = False
+    found = {
+        **refused,
+        EMPTY_ANSWER: np.flatnonzero(empty),
+        NOTHING_LEFT: np.flatnonzero(~usable & kept),
+        TOO_LONG: np.flatnonzero(made & ~kept),
+    }
+    left = [(why, places) for why, places in found.items() if len(places)]
+    return dict(sorted(left, key=lambda item: int(item[1][0])))
 
 
-def _counted(dropped: Mapping[str, Sequence[int]], considered: int) -> Counter[str]:
+def _counted(dropped: Mapping[str, np.ndarray], considered: int) -> Counter[str]:
     """How many of the first ``considered`` examples were left out, by the reason."""
-    return Counter({why: sum(i < considered for i in at) for why, at in dropped.items()})
+    return Counter({why: int(np.count_nonzero(at < considered)) for why, at in dropped.items()})
 
 
 def _no_rows(data: DataRecipe, dropped: Counter[str], max_length: int) -> str:

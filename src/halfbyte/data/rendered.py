@@ -2,54 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from halfbyte.data.batch import Segment
+from halfbyte.data.by_place import ByPlace
 from halfbyte.data.example import Example
 from halfbyte.data.template import Template
 from halfbyte.data.turns import REFUSED, RowRefused, says
 from halfbyte.recipe.data_schema import LossOn
 
 NAMED = 3  # rows of those that were refused
+TOLD = 1024  # examples, then how many are done is told
 
 
 @dataclass
 class Rendered:
-    """Rows one after another, each of the example at ``places[i]``.
+    """What became of examples, in a few numbers for each.
 
-    An example may have several (see :meth:`Template.rows`), which then follow one another.
-    ``refused`` are the errors of those that have none, by the example's place; an example without
-    an answer has none either.
+    ``places`` has the example's place of each row, ascending: one may have several rows (see
+    :meth:`Template.rows`). Of a row that is for some turns of a conversation alone, ``turns`` are
+    these, as far as ``turn_ends`` of the row says, from where the row before ended. Those that have
+    no row stand in ``refused``, ascending, with the number in ``reasons`` (kind, reason) of why;
+    an example without an answer has no row either.
     """
 
-    places: list[int] = field(default_factory=list)
-    parts: list[Example] = field(default_factory=list)
-    segments: list[list[Segment]] = field(default_factory=list)
-    refused: dict[int, RowRefused] = field(default_factory=dict)
+    places: array[int] = field(default_factory=lambda: array("q"))
+    turns: array[int] = field(default_factory=lambda: array("q"))
+    turn_ends: array[int] = field(default_factory=lambda: array("q"))
+    refused: array[int] = field(default_factory=lambda: array("q"))
+    refused_why: array[int] = field(default_factory=lambda: array("q"))
+    reasons: list[tuple[str, str]] = field(default_factory=list)
 
-    def warnings(self, examples: int) -> list[str]:
-        """What the user is told of rows that were refused, and of those that became several."""
+    def turns_of(self, row: int) -> tuple[int, ...] | None:
+        """As :attr:`Example.turns` of what was rendered has it."""
+        begin = self.turn_ends[row - 1] if row else 0
+        return tuple(self.turns[begin : self.turn_ends[row]]) or None
+
+    def kinds(self) -> dict[str, np.ndarray]:
+        """Why examples were refused, and the places of those that were: int64 each, ascending."""
+        refused, why = np.asarray(self.refused), np.asarray(self.refused_why)
+        kinds = np.array([kind for kind, _ in self.reasons])
+        return {kind: refused[kinds[why] == kind] for kind in dict.fromkeys(kinds.tolist())}
+
+    def warnings(self, examples: Sequence[Example]) -> list[str]:
+        """What the user is told of ``examples`` that were refused, or became several rows."""
         found = []
-        by_reason: dict[str, list[str]] = {}
-        for error in self.refused.values():
-            by_reason.setdefault(error.reason, []).append(error.at)
-        if by_reason:
-            reason, rows = max(by_reason.items(), key=lambda item: len(item[1]))
-            named = ", ".join(rows[:NAMED])
+        if self.refused:
+            by_reason: dict[str, list[int]] = {}
+            for place, why in zip(self.refused, self.refused_why, strict=True):
+                by_reason.setdefault(self.reasons[why][1], []).append(place)
+            reason, places = max(by_reason.items(), key=lambda item: len(item[1]))
+            named = ", ".join(examples[place].at for place in places[:NAMED])
             among = "" if len(by_reason) == 1 else f", and {len(by_reason) - 1} reasons more"
             found.append(
-                f"{len(self.refused):,} of {examples:,} rows are left out, such as {named}: "
+                f"{len(self.refused):,} of {len(examples):,} rows are left out, such as {named}: "
                 f"{reason}{among}."
             )
-        made = [place for place, part in zip(self.places, self.parts, strict=True) if part.turns]
-        if made:
+        made = np.asarray(self.places)[np.diff(self.turn_ends, prepend=0) > 0]
+        if len(made):
             found.append(
-                f"{len(set(made)):,} of {examples:,} conversations are trained as {len(made):,} "
-                "rows: the chat template writes an earlier answer otherwise than the model gave "
-                "it, so that each answer is learned where it is the last one."
+                f"{len(np.unique(made)):,} of {len(examples):,} conversations are trained as "
+                f"{len(made):,} rows: the chat template writes an earlier answer otherwise than "
+                "the model gave it, so that each answer is learned where it is the last one."
             )
         return found
+
+
+class Parts(ByPlace[Example]):
+    """Of ``examples`` what was rendered as each of ``rows`` (their numbers, int64)."""
+
+    def __init__(self, examples: Sequence[Example], rendered: Rendered, rows: np.ndarray) -> None:
+        self._examples, self._rendered = examples, rendered
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def at(self, place: int) -> Example:
+        row = int(self._rows[place])
+        example = self._examples[self._rendered.places[row]]
+        turns = self._rendered.turns_of(row)
+        if turns is None:
+            return example
+        return replace(example, messages=example.messages[: turns[-1] + 1], turns=turns)
 
 
 def answered(example: Example) -> bool:
@@ -59,26 +98,40 @@ def answered(example: Example) -> bool:
     return any(message.role == "assistant" and says(message) for message in example.messages)
 
 
-def render(template: Template, examples: Iterable[Example], loss_on: LossOn) -> Rendered:
-    """The rows of ``examples``, in their order.
+def render(
+    template: Template,
+    examples: Sequence[Example],
+    loss_on: LossOn,
+    found: Rendered,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[list[Segment], int]]:
+    """The segments of each row of ``examples``, in their order, and its number in its source.
 
-    Raises the first RowRefused where the template refuses every example that has an answer.
+    What else is known of them is put into ``found``. Raises, at the end, the first RowRefused where
+    the template refuses every example that has an answer.
     """
-    found = Rendered()
+    first: dict[str, RowRefused] = {}
+    numbers: dict[tuple[str, str], int] = {}
     for place, example in enumerate(examples):
+        if progress is not None and place and place % TOLD == 0:
+            progress(place, len(examples))
         if not answered(example):
             continue
         try:
             rows = template.rows(example, loss_on)
         except RowRefused as error:
-            found.refused[place] = error
+            first.setdefault(error.kind, error.with_traceback(None))
+            why = error.kind, error.reason
+            found.refused.append(place)
+            found.refused_why.append(numbers.setdefault(why, len(numbers)))
+            if len(numbers) > len(found.reasons):
+                found.reasons.append(why)
             continue
         for part, segments in rows:
             found.places.append(place)
-            found.parts.append(part)
-            found.segments.append(segments)
-    if found.refused and not found.places:
-        errors = list(found.refused.values())
+            found.turns.extend(part.turns or ())
+            found.turn_ends.append(len(found.turns))
+            yield segments, example.row
+    if first and not found.places:
         # What a template refuses weighs more than what a recipe does not learn.
-        raise next((error for error in errors if error.kind == REFUSED), errors[0])
-    return found
+        raise first.get(REFUSED) or next(iter(first.values()))

@@ -3,122 +3,159 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.by_place import ByPlace
 
-_FILES = {"ids": np.int32, "mask": np.bool_, "starts": np.int64, "numbers": np.int64}
+_FILES = {
+    "ids": np.int32,
+    "mask": np.bool_,
+    "lengths": np.int64,
+    "numbers": np.int64,
+    "labels": np.int64,
+}
 _COUNTS = "rows.json"
+_READ_AT_ONCE = 1 << 22  # bytes
 
 
-@dataclass(frozen=True)
-class RowStore(Sequence[TokenizedRow]):
-    """Rows end to end: ``ids`` int32 [tokens], ``mask`` bool [tokens], ``starts`` int64 [rows + 1].
+@dataclass(frozen=True, eq=False)
+class RowStore(ByPlace[TokenizedRow]):
+    """Rows end to end: ``ids`` int32 [tokens], ``mask`` bool [tokens].
 
-    ``numbers`` int64 [rows] are theirs in their source. A row that is asked for is views of the
-    arrays, so that a million rows cost no object each; arrays of files are mapped, and their pages
-    are the system's to keep or to drop.
+    ``lengths`` int64 [rows] are their tokens, ``numbers`` int64 [rows] theirs in their source and
+    ``labels`` int64 [rows] how many tokens of each carry loss. A row that is asked for is views of
+    the arrays, so that a million rows cost no object each; arrays of tokens from files are mapped,
+    and their pages are the system's to keep or to drop.
     """
 
     ids: np.ndarray
     mask: np.ndarray
-    starts: np.ndarray
+    lengths: np.ndarray
     numbers: np.ndarray
+    labels: np.ndarray
+    ends: np.ndarray
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> TokenizedRow: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
-
-    def __getitem__(self, index: int | slice) -> TokenizedRow | list[TokenizedRow]:
-        if isinstance(index, slice):
-            return [self._row(i) for i in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"there is no row {index} among {len(self)}")
-        return self._row(place)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row, int64 [rows]."""
-        return np.diff(self.starts)
-
-    def _row(self, place: int) -> TokenizedRow:
-        begin, end = int(self.starts[place]), int(self.starts[place + 1])
+    def at(self, place: int) -> TokenizedRow:
+        end = int(self.ends[place])
+        begin = end - int(self.lengths[place])
         return TokenizedRow(self.ids[begin:end], self.mask[begin:end], int(self.numbers[place]))
 
     @classmethod
     def of(cls, rows: Sequence[TokenizedRow]) -> RowStore:
         """``rows``, which are whole, in memory."""
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        return cls(
-            ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
-            mask=np.concatenate([np.empty(0, np.bool_), *(row.loss_mask for row in rows)]),
-            starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            numbers=np.fromiter((row.row for row in rows), dtype=np.int64, count=len(rows)),
-        )
+        return cls._of(_arrays(rows))
 
     @classmethod
-    def read(cls, folder: Path) -> RowStore | None:
-        """What a :class:`RowWriter` finished in ``folder``; None where it did not, or not whole."""
+    def joined(cls, stores: Sequence[RowStore]) -> RowStore:
+        """The rows of ``stores`` one after another, in memory."""
+        return cls._of({n: np.concatenate([getattr(s, n) for s in stores]) for n in _FILES})
+
+    @classmethod
+    def _of(cls, arrays: dict[str, np.ndarray]) -> RowStore:
+        return cls(**arrays, ends=np.cumsum(arrays["lengths"]))
+
+    @classmethod
+    def read(cls, folder: Path, *, check: bool = True) -> RowStore | None:
+        """What a :class:`RowWriter` finished in ``folder``; None where it did not, or not so.
+
+        ``check`` reads all of it for that.
+        """
         try:
-            counts = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
-            sizes = {
-                "ids": counts["tokens"],
-                "mask": counts["tokens"],
-                "starts": counts["rows"] + 1,
-                "numbers": counts["rows"],
-            }
+            found = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
             arrays = {}
             for name, dtype in _FILES.items():
                 path = folder / f"{name}.bin"
-                if path.stat().st_size != sizes[name] * np.dtype(dtype).itemsize:
+                count = found["tokens"] if name in ("ids", "mask") else found["rows"]
+                if path.stat().st_size != count * np.dtype(dtype).itemsize:
                     return None
-                empty = sizes[name] == 0  # which cannot be mapped
-                arrays[name] = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
-            return cls(**arrays)
+                if check and _checksum(path) != found["crc32"][name]:
+                    return None
+                arrays[name] = _mapped(path, dtype) if count else np.empty(0, dtype)
+            return cls._of(arrays)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
-class RowWriter:
-    """Appends rows to files in ``folder``; ``finish`` makes them whole."""
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    # As a plain array: the class memmap makes each view ten times as dear.
+    return np.asarray(np.memmap(path, dtype, mode="r"))
 
-    def __init__(self, folder: Path) -> None:
+
+def _arrays(rows: Sequence[TokenizedRow]) -> dict[str, np.ndarray]:
+    count = len(rows)
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=count)
+    mask = np.concatenate([np.empty(0, np.bool_), *(row.loss_mask for row in rows)])
+    ends = np.cumsum(lengths)
+    learned = mask.copy()
+    learned[(ends - lengths)[lengths > 0]] = False  # nothing predicts a row's first token
+    before = np.concatenate([[0], np.cumsum(learned)])
+    return {
+        "ids": np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
+        "mask": mask,
+        "lengths": lengths,
+        "numbers": np.fromiter((row.row for row in rows), dtype=np.int64, count=count),
+        "labels": before[ends] - before[ends - lengths],
+    }
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_AT_ONCE):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+class RowWriter:
+    """Appends rows to files in ``folder``, or to arrays in memory; ``finish`` makes them whole."""
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _COUNTS).unlink(missing_ok=True)
-        self._files = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
-        self._tokens = self._rows = 0
-        self._files["starts"].write(np.zeros(1, np.int64).tobytes())
+        self._stores: list[RowStore] = []
+        self._counts = {"rows": 0, "tokens": 0}
+        self._crc32 = dict.fromkeys(_FILES, 0)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _COUNTS).unlink(missing_ok=True)
+            self._files = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
 
     def extend(self, rows: Sequence[TokenizedRow]) -> None:
         if not rows:
             return
-        store = RowStore.of(rows)
-        self._files["ids"].write(store.ids.tobytes())
-        self._files["mask"].write(store.mask.tobytes())
-        self._files["starts"].write((store.starts[1:] + self._tokens).tobytes())
-        self._files["numbers"].write(store.numbers.tobytes())
-        self._tokens += len(store.ids)
-        self._rows += len(store)
+        arrays = _arrays(rows)
+        if self.folder is None:
+            self._stores.append(RowStore(**arrays, ends=arrays["lengths"]))
+            return
+        for name, array in arrays.items():
+            written = array.tobytes()
+            self._files[name].write(written)
+            self._crc32[name] = zlib.crc32(written, self._crc32[name])
+        self._counts["rows"] += len(rows)
+        self._counts["tokens"] += len(arrays["ids"])
+
+    def close(self) -> None:
+        """Close the files as they are."""
+        if self.folder is not None:
+            for file in self._files.values():
+                file.close()
 
     def finish(self) -> RowStore:
-        """All rows that were appended, from the files, which are complete now."""
-        for file in self._files.values():
-            file.close()
-        counts = {"rows": self._rows, "tokens": self._tokens}
-        (self.folder / _COUNTS).write_text(json.dumps(counts), encoding="utf-8")
-        found = RowStore.read(self.folder)
+        """All rows that were appended; files are complete now."""
+        if self.folder is None:
+            return RowStore.joined(self._stores) if self._stores else RowStore.of([])
+        self.close()
+        whole = json.dumps({**self._counts, "crc32": self._crc32})
+        (self.folder / _COUNTS).write_text(whole, encoding="utf-8")
+        found = RowStore.read(self.folder, check=False)
         if found is None:
-            raise OSError(f"what was written to {self.folder} is not there")
+            raise OSError(0, "what was written is not there", str(self.folder))
         return found

@@ -9,7 +9,7 @@ import re
 import zlib
 from pathlib import Path
 
-from halfbyte.data.table import ARROW_SUFFIXES, PACKED, SUFFIXES, Cells, Table
+from halfbyte.data.table import ARROW_SUFFIXES, PACKED, SUFFIXES, CellStore, Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.data_schema import SourceRecipe
 
@@ -70,7 +70,7 @@ def is_here(path: str, folder: Path | None = None) -> bool:
 
 def _read_files(paths: list[Path], limit: int | None) -> Table:
     """The rows of several files, one after another; a row lacks the columns of other files."""
-    rows: list[Cells] = []
+    rows = CellStore()
     columns: dict[str, None] = {}
     starts: list[tuple[int, str]] = []
     digests: list[str] = []
@@ -81,7 +81,7 @@ def _read_files(paths: list[Path], limit: int | None) -> Table:
             break
         table = _read_file(path, None if limit is None else limit - len(rows))
         starts.append((len(rows), str(path)))
-        rows += table.rows
+        rows.extend(table.rows)
         columns |= dict.fromkeys(table.columns)
         digests.append(table.sha256 or "")
         warnings += table.warnings

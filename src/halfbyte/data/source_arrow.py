@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.table import Cells, Table
+from halfbyte.data.table import CellStore, Table
 from halfbyte.data.text_file import sha256_of
 from halfbyte.errors import DataError
+
+ROWS_AT_ONCE = 4096
 
 
 def read_arrow(path: Path, limit: int | None) -> Table:
@@ -18,7 +20,7 @@ def read_arrow(path: Path, limit: int | None) -> Table:
     """
     import pyarrow
 
-    rows: list[Cells] = []
+    rows = CellStore()
     try:
         with pyarrow.memory_map(str(path)) as source:
             magic = source.read(6)
@@ -27,7 +29,8 @@ def read_arrow(path: Path, limit: int | None) -> Table:
             for batch in batches:
                 if limit is not None and len(rows) + batch.num_rows > limit:
                     batch = batch.slice(0, limit - len(rows))
-                rows += batch.to_pylist()
+                for start in range(0, batch.num_rows, ROWS_AT_ONCE):  # a batch may be all rows
+                    rows.extend(batch.slice(start, ROWS_AT_ONCE).to_pylist())
                 if len(rows) == limit:
                     break
     except pyarrow.ArrowException as error:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from halfbyte.data.table import Cells, Table
+from halfbyte.data.table import CellStore, Table
 from halfbyte.data.text_file import encoding_of, open_text, sha256_of
 from halfbyte.errors import DataError
 
@@ -78,11 +78,11 @@ def find_delimiter(start: str) -> str:
 
 def _read(
     path: Path, lines: Iterator[str], delimiter: str, limit: int | None, first_line: int
-) -> tuple[list[Cells], list[str]]:
+) -> tuple[CellStore, list[str]]:
     # Strict: a quotation mark that is never closed would otherwise take the rest of the file for
     # one cell.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    rows: list[Cells] = []
+    rows = CellStore()
     header: list[str] | None = None
     line = first_line
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.data.source_json import columns_of
-from halfbyte.data.table import SUFFIXES, Cells, Table
+from halfbyte.data.table import SUFFIXES, CellStore, Table
 from halfbyte.errors import DataError
 from halfbyte.recipe.data_schema import SourceRecipe
 
@@ -59,7 +59,9 @@ def read_hub(source: SourceRecipe, limit: int | None) -> Table:
             revision=source.revision,
             streaming=limit is not None,
         )
-        rows = _rows(found, None) if limit is None else list(islice(found, limit))
+        rows = _rows(found, None) if limit is None else CellStore(islice(found, limit))
+    except DataError:
+        raise
     except Exception as error:  # several libraries raise kinds of their own, all about the dataset
         raise DataError(_why(source, error)) from error
     return Table(list(found.column_names or columns_of(rows)), rows, typed=True)
@@ -75,16 +77,11 @@ def _require_reachable(source: SourceRecipe) -> None:
         api.dataset_info(source.path, revision=source.revision, timeout=10, expand=["gated"])
 
 
-def _rows(dataset: Any, limit: int | None) -> list[Cells]:
-    count = len(dataset) if limit is None else min(limit, len(dataset))
+def _rows(dataset: Any, limit: int | None) -> CellStore:
     # Arrow tables give cells as stored, where the library would decode images and sounds.
     tables: Iterable[Any] = dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
-    rows: list[Cells] = []
-    for table in tables:
-        rows += table.to_pylist()
-        if len(rows) >= count:
-            break
-    return rows[:count]
+    each = (row for table in tables for row in table.to_pylist())
+    return CellStore(islice(each, limit))
 
 
 def _why(source: SourceRecipe, error: Exception) -> str:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.table import Cells, Table
+from halfbyte.data.json_list import Windows, items
+from halfbyte.data.table import Cells, CellStore, Table
 from halfbyte.data.text_file import encoding_of, open_text, sha256_of
 from halfbyte.errors import DataError
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_jsonl(path: Path, limit: int | None) -> Table:
     """An object a line; empty lines are passed over. A DataError names the line."""
-    rows: list[Cells] = []
+    rows = CellStore()
+    columns: dict[str, None] = {}
     with open_text(path, _encoding(path), "\n") as file:
         for number, line in enumerate(_lines(path, file), start=1):
             if not line.strip():
@@ -30,30 +29,37 @@ def read_jsonl(path: Path, limit: int | None) -> Table:
                 raise DataError(
                     f"{path}, line {number}: a row is an object in braces, not {_kind(row)}."
                 )
-            rows.append(row)
+            _add(row, rows, columns)
             if len(rows) == limit:
                 break
-    return Table(columns_of(rows), rows, sha256_of(path))
+    return Table(list(columns), rows, sha256_of(path))
 
 
 def read_json(path: Path, limit: int | None) -> Table:
-    """A list of objects, or an object in which one member is such a list."""
-    with open_text(path, _encoding(path), "\n") as file:
-        text = _read(path, file)
-    start = _space(text, 0)
-    if start == len(text):
-        return Table([], [])
-    try:
-        if text[start] == "[":
-            rows = _read_list(path, text, start, limit)
-        else:
-            whole = json.loads(text)
-            rows = _list_within(path, whole)[:limit]
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[start] == "{":
-            # One object a line under the name .json.
-            return read_jsonl(path, limit)
-        raise DataError(f"{path}, line {error.lineno}: {_what(error, text)}.") from error
+    """A list of objects, or an object in which one member is such a list.
+
+    A list is read a window at a time; of an object all is in memory at once.
+    """
+    encoding = encoding_of(path)
+    if encoding is None:
+        raise _not_utf8(path, "utf-8")
+    with open_text(path, encoding, "\n") as file:
+        windows = Windows(file)
+        try:
+            first = windows.next()
+            if not first:
+                return Table([], [])
+            if first == "[":
+                return _read_list(path, windows, limit)
+            if first == "{" and _begins_with_lines(windows.peek()):
+                return read_jsonl(path, limit)  # one object a line under the name .json
+            rows = _list_within(path, json.loads(windows.rest()))[:limit]
+        except UnicodeDecodeError:
+            raise _not_utf8(path, encoding) from None
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data" and first == "{":
+                return read_jsonl(path, limit)
+            raise DataError(f"{path}, line {error.lineno}: {_what(error, error.doc)}.") from error
     return Table(columns_of(rows), rows, sha256_of(path))
 
 
@@ -66,30 +72,35 @@ def columns_of(rows: Iterable[Cells]) -> list[str]:
     return list(names)
 
 
-def _read_list(path: Path, text: str, at: int, limit: int | None) -> list[Cells]:
-    """The first rows of the list that begins at ``at``; what follows them is not looked at."""
-    decoder = json.JSONDecoder()
-    rows: list[Cells] = []
-    at = _space(text, at + 1)
-    if text[at : at + 1] == "]":
-        return rows
-    while True:
-        row, end = decoder.raw_decode(text, at)
+def _add(row: Cells, rows: CellStore, columns: dict[str, None]) -> None:
+    if row.keys() - columns.keys():
+        columns.update(dict.fromkeys(row))
+    rows.append(row)
+
+
+def _read_list(path: Path, windows: Windows, limit: int | None) -> Table:
+    """The first rows of the list at the place; what follows them is not looked at."""
+    rows = CellStore()
+    columns: dict[str, None] = {}
+    for row in items(windows):
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}, row {len(rows) + 1}: a row is an object in braces, not {_kind(row)}."
             )
-        rows.append(row)
+        _add(row, rows, columns)
         if len(rows) == limit:
-            return rows
-        at = _space(text, end)
-        if text[at : at + 1] == "]":
-            if _space(text, at + 1) != len(text):
-                raise json.JSONDecodeError("Extra data", text, at + 1)
-            return rows
-        if text[at : at + 1] != ",":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        at = _space(text, at + 1)
+            break
+    return Table(list(columns), rows, sha256_of(path))
+
+
+def _begins_with_lines(text: str) -> bool:
+    """Whether the first line of ``text`` is a JSON value of its own, and something follows it."""
+    line, _, more = text.strip().partition("\n")
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return bool(more.strip())
 
 
 def _list_within(path: Path, whole: Any) -> list[Cells]:
@@ -127,18 +138,16 @@ def _lines(path: Path, file: Iterable[str]) -> Iterator[str]:
         ) from error
 
 
-def _read(path: Path, file: Any) -> str:
+def _not_utf8(path: Path, encoding: str) -> DataError:
+    """The error for a file that is not all ``encoding``, with the place of the first such byte."""
     try:
-        return file.read()
+        with open_text(path, encoding, "\n") as file:
+            file.read()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.start:,}); save the file as UTF-8."
-        ) from error
-
-
-def _space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+        where = f" (byte {error.start:,})"
+    else:
+        where = ""
+    return DataError(f"{path} is not UTF-8{where}; save the file as UTF-8.")
 
 
 def _what(error: ValueError, text: str) -> str:

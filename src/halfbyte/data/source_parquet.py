@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halfbyte.data.table import Cells, Table
+from halfbyte.data.table import CellStore, Table
 from halfbyte.data.text_file import sha256_of
 from halfbyte.errors import DataError
 
@@ -16,16 +16,18 @@ def read_parquet(path: Path, limit: int | None) -> Table:
     import pyarrow
     import pyarrow.parquet
 
-    rows: list[Cells] = []
+    rows = CellStore()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = list(file.schema_arrow.names)
             size = ROWS_AT_ONCE if limit is None else min(limit, ROWS_AT_ONCE)
             for batch in file.iter_batches(batch_size=size):
-                rows += batch.to_pylist()
-                if limit is not None and len(rows) >= limit:
+                if limit is not None and len(rows) + batch.num_rows > limit:
+                    batch = batch.slice(0, limit - len(rows))
+                rows.extend(batch.to_pylist())
+                if len(rows) == limit:
                     break
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path} cannot be read as Parquet: {reason}.") from error
-    return Table(columns, rows[:limit], sha256_of(path), typed=True)
+    return Table(columns, rows, sha256_of(path), typed=True)

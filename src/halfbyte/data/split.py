@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.example import Example
+from halfbyte.data.example_store import ExampleStore
 from halfbyte.data.formats.format import Origin, examples
 from halfbyte.data.formats.recognise import Recognised, recognise
 from halfbyte.data.mixing import mix
@@ -29,6 +31,7 @@ SPARE = 50
 class Rows:
     """First the rows that may train, source after source, then those that only may be held out.
 
+    ``source`` int32 [rows] is the number of each one's source.
     ``apart`` is how many rows at the end cannot train; ``wanted`` how many are to be held out,
     None to decide once the usable rows are known.
     ``times`` is how often each row stands in an epoch, int64 [rows], None where each does once.
@@ -36,7 +39,8 @@ class Rows:
     row that trains is anything but a text.
     """
 
-    rows: list[Example] = field(default_factory=list)
+    rows: Picked = field(default_factory=lambda: Picked(ExampleStore()))
+    source: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     columns: dict[str, str] = field(default_factory=dict)
     formats: list[str] = field(default_factory=list)
     texts: bool = True
@@ -51,6 +55,16 @@ class Rows:
     def at(self, example: Example) -> str:
         """Where a row stands, for a message about it: ``a.csv, row 3``."""
         return self.origins[example.source].at(example.row)
+
+    def places_of(self, some: Picked) -> np.ndarray:
+        """Where ``some`` of the rows stand among them, int64."""
+        return np.searchsorted(np.asarray(self.rows.places), np.asarray(some.places))
+
+    def keep(self, places: np.ndarray, mended: Picked | None = None) -> None:
+        """Keep the rows at ``places``, which ascend, as ``mended`` has them."""
+        kept = np.asarray(self.rows.places)[places]
+        self.rows = (self.rows if mended is None else mended).left(kept.tolist())
+        self.source = self.source[places]
 
     def in_an_epoch(self, places: np.ndarray) -> np.ndarray:
         """``places`` of rows, each as often as the row stands in an epoch."""
@@ -100,13 +114,12 @@ def mix_rows(data: DataRecipe, read: Rows, seed: int) -> None:
     if not data.sources:
         return
     may_train = len(read.rows) - read.apart
-    source = np.fromiter((row.source for row in read.rows[:may_train]), dtype=np.int64)
-    counts = np.bincount(source, minlength=len(data.sources)).tolist()
+    counts = np.bincount(read.source[:may_train], minlength=len(data.sources)).tolist()
     mixed = mix(data.sources, counts, seed)
     read.choices += mixed.choices
     read.warnings += mixed.warnings
     times = np.concatenate([mixed.times, np.ones(read.apart, dtype=np.int64)])
-    read.rows = [row for row, often in zip(read.rows, times.tolist(), strict=True) if often]
+    read.keep(np.flatnonzero(times))
     read.times = times[times > 0] if times.max(initial=0) > 1 else None
 
 
@@ -133,8 +146,13 @@ def _read(data: DataRecipe, source: SourceRecipe, read: Rows) -> tuple[Table, Re
         fixed_instruction=data.instruction is not None,
         merge_turns=data.merge_turns,
     )
-    origin = Origin(source.path, len(read.origins), table.files, table.typed)
-    read.rows += examples(found.format, table.rows, origin)
+    number = len(read.origins)
+    origin = Origin(source.path, number, table.files, table.typed)
+    store = read.rows.source
+    store.extend(examples(found.format, table.rows, origin))
+    read.rows = Picked(store)
+    added = len(store) - len(read.source)
+    read.source = np.concatenate([read.source, np.full(added, number, np.int32)])
     read.origins.append(origin)
     read.formats.append(found.format.name)
     read.warnings += [*table.warnings, *found.warnings, *origin.warnings(len(table.rows))]
@@ -206,7 +224,7 @@ def choose_held_out(
     _say(data, read, wanted, len(candidates), "drawn by the seed")
     groups = [candidates]
     if len(data.sources) > 1:
-        source = np.array([read.rows[i].source for i in candidates.tolist()])
+        source = read.source[candidates]
         groups = [candidates[source == number] for number in range(len(data.sources))]
     rng = np.random.default_rng(seed)
     for group, share in zip(groups, shares_of(wanted, [*map(len, groups)]), strict=True):

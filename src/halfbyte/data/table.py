@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from halfbyte.data.spool import Spool
 
 Cells = dict[str, object]
 
@@ -18,6 +22,19 @@ SUFFIXES = (
 )
 
 
+class CellStore(Spool[Cells]):
+    """Rows in the order in which they are read."""
+
+    @staticmethod
+    def encode(cells: Cells) -> bytes:
+        return pickle.dumps(cells, protocol=5)
+
+    @staticmethod
+    def decode(stored: bytes) -> Cells:
+        cells: Cells = pickle.loads(stored)  # of this process's own file
+        return cells
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of named cells.
@@ -30,7 +47,7 @@ class Table:
     """
 
     columns: list[str]
-    rows: list[Cells]
+    rows: Sequence[Cells]
     sha256: str | None = None
     warnings: list[str] = field(default_factory=list)
     files: list[tuple[int, str]] = field(default_factory=list)

@@ -8,10 +8,10 @@ follows from the characters that the tokenizer says it covers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,25 @@ def tokenize_rows(
 ) -> list[TokenizedRow]:
     """One TokenizedRow for each of ``rows``, uncut; ``numbers`` are theirs in the source.
 
+    ``progress`` hears how many of how many rows are done, now and then. For the rest see
+    :func:`tokenized`.
+    """
+    found: list[TokenizedRow] = []
+    for chunk in tokenized(tokenizer, zip(rows, numbers, strict=True)):
+        found += chunk
+        if progress is not None and len(chunk) == ROWS_AT_ONCE:
+            progress(len(found), len(rows))
+    return found
+
+
+def tokenized(
+    tokenizer: Any, rows: Iterable[tuple[Sequence[Segment], int]]
+) -> Iterator[list[TokenizedRow]]:
+    """The rows, each given by its segments and its number in the source, in chunks.
+
     The beginning-of-sequence token stands where the tokenizer adds it, once: a chat template may
     have written it already. What else a tokenizer adds at the end is left off, since the segments
-    hold the end-of-sequence token themselves. ``progress`` hears how many of how many rows are
-    done, now and then. Raises DataError for a tokenizer without offsets.
+    hold the end-of-sequence token themselves. Raises DataError for a tokenizer without offsets.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -51,28 +66,26 @@ def tokenize_rows(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    found: list[TokenizedRow] = []
-    for segments, encoding, number in zip(rows, _encodings(backend, rows), numbers, strict=True):
-        ids, learned = encoding.ids, _learned(segments, encoding)
-        if lead and ids[:1] != lead[:1]:
-            ids = [*lead, *ids]
-            learned = np.concatenate([np.zeros(len(lead), dtype=bool), learned])
-        learned[:1] = False
-        found.append(TokenizedRow(np.array(ids, dtype=np.int32), learned, number))
-        if progress is not None and len(found) % ROWS_AT_ONCE == 0:
-            progress(len(found), len(rows))
-    return found
+    for chunk, encodings in _encoded(backend, rows):
+        yield [
+            _row(segments, encoding, number, lead)
+            for (segments, number), encoding in zip(chunk, encodings, strict=True)
+        ]
 
 
-def _encodings(backend: Any, rows: Sequence[Sequence[Segment]]) -> Iterator[Any]:
-    """The encoding of each row; while one chunk's are used, the next chunk is encoded.
+_Chunk = list[tuple[Sequence[Segment], int]]
 
-    The tokenizer's threads need no Python for it.
+
+def _encoded(
+    backend: Any, rows: Iterable[tuple[Sequence[Segment], int]]
+) -> Iterator[tuple[_Chunk, list[Any]]]:
+    """Chunks of rows with their encodings; while one chunk's are used, the next one is encoded.
+
+    The tokenizer's threads need no Python for it, so that ``rows`` are made meanwhile too.
     """
 
-    def encode(start: int) -> list[Any]:
-        chunk = rows[start : start + ROWS_AT_ONCE]
-        texts = ["".join(segment.text for segment in row) for row in chunk]
+    def encode(chunk: _Chunk) -> list[Any]:
+        texts = ["".join(segment.text for segment in segments) for segments, _ in chunk]
         try:
             encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
         except TypeError:  # what it says of a text that UTF-8 cannot hold
@@ -80,13 +93,25 @@ def _encodings(backend: Any, rows: Sequence[Sequence[Segment]]) -> Iterator[Any]
             encodings = backend.encode_batch(whole, add_special_tokens=False)
         return encodings
 
+    iterator = iter(rows)
     with ThreadPoolExecutor(1) as ahead:
-        coming: Future[list[Any]] | None = None
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            encodings = encode(start) if coming is None else coming.result()
-            after = start + ROWS_AT_ONCE
-            coming = ahead.submit(encode, after) if after < len(rows) else None
-            yield from encodings
+        before: tuple[_Chunk, Future[list[Any]]] | None = None
+        while chunk := list(islice(iterator, ROWS_AT_ONCE)):
+            coming = chunk, ahead.submit(encode, chunk)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = coming
+        if before is not None:
+            yield before[0], before[1].result()
+
+
+def _row(segments: Sequence[Segment], encoding: Any, number: int, lead: list[int]) -> TokenizedRow:
+    ids, learned = encoding.ids, _learned(segments, encoding)
+    if lead and ids[:1] != lead[:1]:
+        ids = [*lead, *ids]
+        learned = np.concatenate([np.zeros(len(lead), dtype=bool), learned])
+    learned[:1] = False
+    return TokenizedRow(np.array(ids, dtype=np.int32), learned, number)
 
 
 def _learned(segments: Sequence[Segment], encoding: Any) -> np.ndarray:

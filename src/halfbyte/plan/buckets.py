@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from halfbyte.data.batch import Bucket, TokenizedRow
+from halfbyte.data.batch import Bucket
 from halfbyte.data.batching import Batches
+from halfbyte.data.fitted import sizes_of
 
 __all__ = ["BatchSizes", "Bucket", "batch_sizes", "choose_buckets"]
 
 # Label counts, longest rows and the largest bucket are rounded up to this many tokens.
 ROUNDED_TO = 64
-ROWS_AT_ONCE = 10_000
 
 Size = tuple[int, int, int]  # tokens, labels, tokens of the longest row
 
@@ -41,7 +41,7 @@ def batch_sizes(batches: Batches, steps: int, limit: int = 2000) -> BatchSizes:
     largest that the rows could give; of packs, which are never over their length, the largest that
     there is. No batch is made: a million rows take about a second.
     """
-    lengths, labels = _row_sizes(batches.rows)
+    lengths, labels = sizes_of(batches.rows)
     chosen = sorted(set(np.linspace(1, steps, min(steps, limit)).round().astype(int).tolist()))
     sampled = [
         (int(lengths[at].sum()), int(labels[at].sum()), int(lengths[at].max()))
@@ -151,20 +151,6 @@ def _cheapest(
         chosen.append(int(borders[j - 1]))
         k, j = k - 1, int(before[k, j])
     return chosen[::-1]
-
-
-def _row_sizes(rows: Sequence[TokenizedRow]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels of each row, int64 [rows] each."""
-    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    labels = np.empty_like(lengths)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        learned = np.concatenate([row.loss_mask for row in rows[part]])
-        ends = np.cumsum(lengths[part])
-        learned[ends - lengths[part]] = False  # nothing predicts a row's first token
-        counted = np.concatenate([[0], np.cumsum(learned)])
-        labels[part] = counted[ends] - counted[ends - lengths[part]]
-    return lengths, labels
 
 
 def _rounded(number: int, multiple: int) -> int:

@@ -220,6 +220,12 @@ class DataRecipe(Section):
         "each, and each weighs in the loss as it does without. Then `training.batch_size` counts "
         "packs.",
     )
+    cache: bool = Field(
+        default=True,
+        description="Keep the tokens of many rows (more than 50,000, or 64 MB of text) in the "
+        "user's cache directory, $XDG_CACHE_HOME/halfbyte or ~/.cache/halfbyte, for the next run "
+        "with the same rows, template and tokenizer. The last eight data sets are kept.",
+    )
     accept: list[Acceptable] = Field(
         default_factory=list,
         description="Errors that the audit finds and that are meant so, by name; the others stop "

@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from halfbyte.data.audit.findings import refuse_errors
 from halfbyte.data.batch import Bucket
 from halfbyte.data.batching import Batches
@@ -110,7 +108,7 @@ def assemble(
         )
         packs = None
         if recipe.data.packing:
-            packs = Packs(np.array([len(row) for row in data.train]), data.max_length, recipe.seed)
+            packs = Packs(data.train.lengths, data.max_length, recipe.seed)
     resolved = resolve(
         recipe,
         device=device,

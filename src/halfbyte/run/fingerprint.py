@@ -13,9 +13,8 @@ from halfbyte.recipe import Recipe
 
 def fingerprint(recipe: Recipe, rows: Iterable[TokenizedRow]) -> str:
     """SHA-256 of the recipe's parts that decide the weights, and of the ``rows`` that train."""
-    deciding = recipe.model_dump(
-        exclude={"title", "author", "objective", "report", "device", "checkpoints", "evaluation"}
-    )
+    beside = ("title", "author", "objective", "report", "device", "checkpoints", "evaluation")
+    deciding = recipe.model_dump(exclude={**dict.fromkeys(beside, True), "data": {"cache"}})
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     for row in rows:
         digest.update(row.input_ids.tobytes())

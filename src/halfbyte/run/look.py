@@ -46,7 +46,8 @@ class Look:
 
     def lengths(self) -> list[Bin]:
         """The lengths of the rows that train, before they are cut."""
-        return histogram([len(row) + row.cut for row in self.prepared.train])
+        train = self.prepared.train
+        return histogram(train.lengths + train.cuts)
 
 
 def look_at_data(recipe: Recipe, *, recipe_folder: Path | None = None) -> Look:

@@ -19,12 +19,12 @@ FEW = 50
 BINS = 14
 
 
-def percentile(lengths: Sequence[int], percent: float) -> int:
+def percentile(lengths: Sequence[int] | np.ndarray, percent: float) -> int:
     """The smallest of ``lengths`` that at least ``percent`` % of them do not exceed."""
     return int(np.percentile(np.asarray(lengths), percent, method="inverted_cdf"))
 
 
-def length_percentiles(lengths: Sequence[int]) -> dict[str, int]:
+def length_percentiles(lengths: Sequence[int] | np.ndarray) -> dict[str, int]:
     """Percentiles by their number, as the audit holds them."""
     return {str(percent): percentile(lengths, percent) for percent in PERCENTILES}
 
@@ -38,7 +38,7 @@ class Bin:
     rows: int
 
 
-def histogram(lengths: Sequence[int]) -> list[Bin]:
+def histogram(lengths: Sequence[int] | np.ndarray) -> list[Bin]:
     """At most 15 bins of one round width; the longest hundredth of the rows shares the last."""
     if not len(lengths):
         return []

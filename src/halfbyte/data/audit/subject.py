@@ -31,8 +31,8 @@ MOST, MANY = 0.5, 0.05
 class Subject:
     """Rows as they will be trained; ``tokenized[i]`` is ``rows[i]``.
 
-    ``dropped`` are the numbers of the rows that are left out, by the reason. ``thorough`` looks at
-    every row and for near duplicates too.
+    ``dropped`` are the rows that are left out, by the reason. ``thorough`` looks at every row and
+    for near duplicates too.
     """
 
     data: DataRecipe
@@ -42,7 +42,7 @@ class Subject:
     tokenizer: Any
     template: Template
     max_length: int
-    dropped: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    dropped: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     thorough: bool = False
 
     @cached_property
@@ -89,7 +89,7 @@ class Subject:
         examples: Sequence[str] = (),
     ) -> Found:
         """A finding on the rows at ``places``, all of them."""
-        named = [self.rows[place] for place in places[:ROWS_NAMED]]
+        rows, sources = self._named([self.rows[place] for place in places[:ROWS_NAMED]])
         return Found(
             name=name,
             severity=severity,
@@ -97,29 +97,36 @@ class Subject:
             todo=todo,
             count=len(places),
             of=len(self.looked_at),
-            rows=[row.row for row in named],
-            sources=[row.source for row in named] if self.data.sources else [],
+            rows=rows,
+            sources=sources,
             examples=list(examples[:EXAMPLES]),
         )
 
     def left_out(self, name: str, reason: str, text: str, todo: str) -> list[Found]:
         """A finding on the rows that ``dropped`` has by ``reason``, if there are any."""
-        rows = self.dropped.get(reason, ())
-        if not rows:
+        left_out = self.dropped.get(reason, ())
+        if not len(left_out):
             return []
+        rows, sources = self._named(left_out[:ROWS_NAMED])
         count = len(self.rows) + len(self.held_out) + sum(map(len, self.dropped.values()))
-        share = len(rows) / count
+        share = len(left_out) / count
         return [
             Found(
                 name=name,
                 severity="error" if share >= MOST else "warning" if share >= MANY else "note",
-                text=f"{len(rows):,} of {count:,} rows {text}",
+                text=f"{len(left_out):,} of {count:,} rows {text}",
                 todo=todo,
-                count=len(rows),
+                count=len(left_out),
                 of=count,
-                rows=list(rows[:ROWS_NAMED]),
+                rows=rows,
+                sources=sources,
             )
         ]
+
+    def _named(self, rows: Sequence[Example]) -> tuple[list[int], list[int]]:
+        """Where ``rows`` stand, as :class:`Found` has it: their numbers and their sources."""
+        sources = [row.source for row in rows] if self.data.sources else []
+        return [row.row for row in rows], sources
 
 
 def fields_of(row: Example) -> list[str]:

@@ -53,7 +53,7 @@ def clean(
     What is shown of rows has likely private data hidden.
     """
     check_packages(filters)
-    rows = examples if isinstance(examples, Picked) else Picked(examples)
+    rows = examples if isinstance(examples, Picked) else Picked(ExampleStore(examples))
     steps: list[Filtered] = []
     for settings in filters:
         if isinstance(settings, recipe.OverlapWithHeldOut) and held_out is None:
@@ -124,7 +124,7 @@ def _apply(settings: recipe.Filter, judge: Judge, rows: Picked) -> tuple[Picked,
             at.append(place)
             changed.append(mended)
         if len(shown) < EXAMPLES:
-            example = rows.at(place)
+            example = rows.of_source(place)
             shown.append(RowShown(example.row, hidden(why), example.source))
     step = Filtered(
         settings.filter, settings.words, len(rows), len(rows) - len(left), len(at), shown

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import overload
+from collections.abc import Iterable, Mapping
 
+from halfbyte.data.by_place import ByPlace
 from halfbyte.data.example import Example
 from halfbyte.data.example_store import ExampleStore
 
 
-class Picked(Sequence[Example]):
+class Picked(ByPlace[Example]):
     """The rows of ``source`` at ``places``, in this order; 8 bytes of memory each.
 
     ``instead`` are rows of ``mended`` by the places in ``source`` for which they stand. The rows
@@ -19,7 +19,7 @@ class Picked(Sequence[Example]):
 
     def __init__(
         self,
-        source: Sequence[Example],
+        source: ExampleStore,
         places: Iterable[int] | None = None,
         instead: Mapping[int, int] | None = None,
         mended: ExampleStore | None = None,
@@ -27,34 +27,38 @@ class Picked(Sequence[Example]):
         self.source = source
         self.places = array("q", range(len(source)) if places is None else places)
         self._instead = dict(instead or {})
-        self._mended = mended or ExampleStore()
+        self._mended = ExampleStore() if mended is None else mended
 
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Picked: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Picked:
-        if isinstance(index, slice):
-            return Picked(self.source, self.places[index], self._instead, self._mended)
-        return self.at(self.places[index])
-
-    def __iter__(self) -> Iterator[Example]:
-        return map(self.at, self.places)
-
     def at(self, place: int) -> Example:
+        return self.of_source(self.places[place])
+
+    @property
+    def many(self) -> bool:
+        """Whether there are so many in the source that some are in a file."""
+        return self.source.many
+
+    def stored(self, place: int) -> bytes:
+        """The row at ``place`` as the store writes it."""
+        where = self.places[place]
+        other = self._instead.get(where)
+        return self.source.stored(where) if other is None else self._mended.stored(other)
+
+    def of_source(self, place: int) -> Example:
         """The row that stands for the one at ``place`` of ``source``."""
         other = self._instead.get(place)
         return self.source[place] if other is None else self._mended[other]
 
-    def left(self, places: Iterable[int], changed: Iterable[tuple[int, Example]]) -> Picked:
-        """Of these rows those at ``places`` of ``source``, some of them ``changed``."""
-        instead = self._instead
+    def left(self, places: Iterable[int], changed: Iterable[tuple[int, Example]] = ()) -> Picked:
+        """Of the source those at ``places``, some of them ``changed``."""
+        instead = dict(self._instead)
         for place, example in changed:
             instead[place] = len(self._mended)
             self._mended.append(example)
         return Picked(self.source, places, instead, self._mended)
+
+    def among(self, places: Iterable[int]) -> Picked:
+        """Of these rows those at ``places``."""
+        return self.left(map(self.places.__getitem__, places))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from halfbyte.data.cleaning.funnel import clean, joined
-from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.split import Rows
 from halfbyte.errors import DataError
 from halfbyte.events.types import Funnel
@@ -26,19 +25,20 @@ def clean_read(data: DataRecipe, read: Rows) -> Funnel | None:
         return None
     may_train = len(read.rows) - read.apart
     stays = data.held_out_path is not None
-    rows = Picked(read.rows, range(may_train if stays else len(read.rows)))
-    cleaned = clean(data.cleaning, rows)
-    trains = sum(place < may_train for place in cleaned.examples.places)
-    apart = read.rows[may_train:] if stays else []
-    read.apart = len(apart) if stays else len(cleaned.examples) - trains
-    read.rows = [*cleaned.examples, *apart]
+    rows = read.rows.among(range(may_train if stays else len(read.rows)))
+    left = clean(data.cleaning, rows)
+    at = read.places_of(left.examples)
+    trains = int(np.count_nonzero(at < may_train))
+    apart = np.arange(may_train, len(read.rows)) if stays else at[trains:]
+    read.apart = len(apart)
+    read.keep(np.concatenate([at[:trains], apart]), left.examples)
     if may_train and not trains:
-        last = max(cleaned.funnel.filters, key=lambda step: step.dropped)
+        last = max(left.funnel.filters, key=lambda step: step.dropped)
         raise DataError(
             f"{data.name} leaves no row to train: data.cleaning drops them, most by the filter "
             f"{last.name} ({last.dropped:,} of {last.rows_in:,} rows); loosen it or leave it out."
         )
-    return cleaned.funnel
+    return left.funnel
 
 
 def drop_overlap(
@@ -52,11 +52,11 @@ def drop_overlap(
     filters = [f for f in data.cleaning if isinstance(f, OverlapWithHeldOut)]
     if funnel is None or not filters:
         return funnel
-    before = Picked(read.rows, np.flatnonzero(trains).tolist())
-    others = Picked(read.rows, np.flatnonzero(held_out).tolist())
+    before = read.rows.among(np.flatnonzero(trains))
+    others = read.rows.among(np.flatnonzero(held_out))
     cleaned = clean(filters, before, others)
     trains[:] = False
-    trains[np.asarray(cleaned.examples.places, dtype=np.int64)] = True
+    trains[read.places_of(cleaned.examples)] = True
     if len(before) and not len(cleaned.examples):
         raise DataError(
             f"{data.name} leaves no row to train: the filter overlap_with_held_out finds each of "
