@@ -25,6 +25,7 @@ from transformers import (
 
 from halfbyte.data.batch import Batch, TokenizedRow
 from halfbyte.data.batching import make_batch
+from halfbyte.kernels import attention_efficient
 from halfbyte.kernels.choice import PLAIN, Kernels
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.fused import FEW_LOGIT_BYTES, LOGIT_BYTES, FusedNetwork
@@ -33,6 +34,7 @@ from halfbyte.model.skeleton import quantized_linears
 from halfbyte.optim.flat import flatten_parameters
 from halfbyte.plan.device import Device
 from halfbyte.plan.memory import Setup
+from halfbyte.plan.memory_attention import Room
 from halfbyte.plan.memory_fused import FusedMemory
 from halfbyte.plan.parameters import model_shape
 from halfbyte.plan.resolve import Resolved, resolve
@@ -139,6 +141,49 @@ def test_what_layers_keep_is_known_to_the_byte(
         network.recompute_layers(recomputed)
         tokens = len(batch.input_ids)
         assert network.kept_bytes(batch) == tokens * planned.kept_per_token(recomputed)
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 4])
+def test_what_layers_keep_is_known_where_attention_pads_rows(recomputed: int) -> None:
+    made = replace(setup("bf16", True, "attention"), pads_rows=True)
+    kernels = replace(hollow(), attention_lse_shape=attention_efficient.lse_shape)
+    network = fused("llama", made, kernels)
+    network.recompute_layers(recomputed)
+    planned = FusedMemory(model_shape(FAMILIES["llama"][1]), made)
+    batch = batch_of(170, 17, 30, 5)
+    kept = planned.kept(222, recomputed, Room(4, 170))
+    assert network.kept_bytes(batch) == kept
+    # Of rows of one length, a multiple of what their sums are rounded to, it is as elsewhere.
+    assert planned.kept(128, recomputed, Room(2, 64)) == 128 * planned.kept_per_token(recomputed)
+
+
+def test_the_peak_where_attention_pads_rows_is_known() -> None:
+    """Rows of 300 and 4 tokens, of whose 9 · 300 positions each has sums as wide as a head."""
+    heads, size = SIZES["num_attention_heads"], SIZES["head_dim"]
+
+    def backward(d_out: Any, qkv: Any, *_: Any, **__: Any) -> None:
+        gradients = [torch.empty_like(d_out) for _ in range(3)]
+        copies = [torch.empty_like(d_out) for _ in range(2)]
+        sums = [torch.empty(3, 128, 64) for _ in range(9) for _ in range(heads)]
+        del gradients, copies, sums
+
+    made = replace(setup("bf16", True, "attention"), pads_rows=True)
+    shape = model_shape(FAMILIES["llama"][1])
+    kernels = replace(
+        hollow(), attention_lse_shape=attention_efficient.lse_shape, attention_backward=backward
+    )
+    network, batch = fused("llama", made, kernels), batch_of(300, *[4] * 8)
+    planned, room = FusedMemory(shape, made), Room(9, 300)
+    network.prepare(512)
+    for recomputed in range(5):
+        network.recompute_layers(recomputed)
+        with Alive() as alive:
+            network.loss_and_gradients(batch, torch.ones(()), None)
+        assert alive.most > 4 * heads * 9 * 300 * size
+        labels = len(batch.label_ids)
+        peak = planned.peak(len(batch.input_ids), labels, recomputed, room)
+        assert 0.999 * alive.most <= peak <= 1.05 * alive.most
+        assert planned.peak(len(batch.input_ids), labels, recomputed) < 0.6 * alive.most
 
 
 @pytest.mark.parametrize("recomputed", [0, 3, 4])

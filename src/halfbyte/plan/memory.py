@@ -29,7 +29,8 @@ With checkpointing each layer keeps its input, e·H a token, and one layer at a 
 *The loss* keeps its gradient in the last hidden states, 2·c·H for each labelled token, and works
 on one chunk of logits: three tensors of at most 128 MB in fp32.
 
-That is a step by autograd; :mod:`halfbyte.plan.memory_fused` has the one of fused layers.
+That is a step by autograd; :mod:`halfbyte.plan.memory_fused` has the one of fused layers, and
+:mod:`halfbyte.plan.memory_attention` what attention takes where its kernels pad rows.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from halfbyte.kernels.loss import CHUNK_BYTES
 from halfbyte.kernels.nf4 import SCALES_PER_BLOCK
 from halfbyte.model.experts import TILE
 from halfbyte.model.lora_targets import Targets
+from halfbyte.plan.memory_attention import Room, backward_bytes, log_sums
 from halfbyte.plan.parameters import ExpertShape, ModelShape, TrainedEnd
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -67,6 +69,7 @@ class Setup:
     optimizer: str
     fused: bool = False  # the layers are fused ones
     triton: bool = True  # fused layers are made of Triton kernels
+    pads_rows: bool = False  # attention counts each row as long as the longest
     exclude_modules: Targets = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     use_dora: bool = False
@@ -123,9 +126,19 @@ class StepMemory:
 
 
 def step_memory(
-    shape: ModelShape, setup: Setup, *, tokens: int, checkpointing: bool, keep_copy: bool
+    shape: ModelShape,
+    setup: Setup,
+    *,
+    tokens: int,
+    checkpointing: bool,
+    keep_copy: bool,
+    room: Room | None = None,
 ) -> StepMemory:
-    """One forward and backward pass by autograd over ``tokens`` tokens, all of them labelled."""
+    """One forward and backward pass by autograd over ``tokens`` tokens, all of them labelled.
+
+    ``room`` is that of the pass: by default one row of all tokens.
+    """
+    sums, summed = padded_attention(shape, setup, tokens, room)
     copy = setup.compute * shape.linear if keep_copy else 0
     widest = max(shape.intermediate, shape.hidden, shape.heads * shape.head_dim)
     dequantized = 0 if keep_copy else (setup.compute + 8) * shape.largest_linear
@@ -136,15 +149,29 @@ def step_memory(
         copy=copy,
         adapter=8 * sum(setup.trained(shape)),
         optimizer=optimizer_bytes(shape, setup),
-        activations=activation_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing),
+        activations=activation_bytes(shape, setup, tokens=tokens, checkpointing=checkpointing)
+        + sums * (1 if checkpointing else shape.layers),
         loss=loss_bytes(shape, setup, labels=tokens),
         working=head_copy(shape, setup)
         + dequantized
         + 4 * setup.compute * widest * tokens
         + 3 * setup.rest * sent
+        + summed
         # A gradient of the rows, before it is added to what other passes gave.
         + 4 * max((end.elements for end in setup.trained_rows), default=0),
     )
+
+
+def padded_attention(
+    shape: ModelShape, setup: Setup, tokens: int, room: Room | None = None
+) -> tuple[int, int]:
+    """What a layer keeps of attention's log-sums beyond 4 bytes a head and token, and what comes
+    and goes in its backward pass; nothing where its kernels do not pad rows."""
+    if not setup.pads_rows:
+        return 0, 0
+    room = room or Room(1, tokens)
+    sums = log_sums(shape.heads, room) - 4 * shape.heads * tokens
+    return sums, backward_bytes(shape.heads, shape.head_dim, setup.compute, room)
 
 
 def nf4_bytes(elements: int, block_size: int, double_quant: bool) -> int:

@@ -31,7 +31,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from halfbyte.model.fused import FEW_LOGIT_BYTES, LOGIT_BYTES
-from halfbyte.plan.memory import Setup, StepMemory, head_copy, optimizer_bytes, weight_bytes
+from halfbyte.plan.memory import (
+    Setup,
+    StepMemory,
+    head_copy,
+    optimizer_bytes,
+    padded_attention,
+    weight_bytes,
+)
+from halfbyte.plan.memory_attention import Room
 from halfbyte.plan.parameters import ModelShape
 from halfbyte.quant.joined import extra_columns
 
@@ -55,6 +63,7 @@ class FusedBytes:
     whole: int  # kept of a token if not
     forward: int  # of a token, beside what is kept, until the layer has been computed
     backward: int  # of a token, beside what is kept, until its gradient has been
+    attention: int  # the same at the moment of attention's, which may take less than was kept
     copy: int  # of its weights dequantized
 
 
@@ -82,14 +91,23 @@ class FusedMemory:
         first = min(recomputed, count)
         return self._recomputed[first] + self._whole[count] - self._whole[first]
 
-    def step(self, tokens: int, labels: int, *, recomputed: int, copied: int) -> StepMemory:
+    def step(
+        self,
+        tokens: int,
+        labels: int,
+        *,
+        recomputed: int,
+        copied: int,
+        room: Room | None = None,
+    ) -> StepMemory:
         """A pass over ``tokens`` positions, of which ``labels`` are learned.
 
         The first ``recomputed`` layers are recomputed, of the first ``copied`` a copy is kept.
+        ``room`` is that of the pass: by default one row of all tokens.
         """
-        activations = tokens * (self.kept_per_token(recomputed) + self._ends)
+        activations = self.kept(tokens, recomputed, room) + tokens * self._ends
         loss = self._loss(tokens, labels, recomputed)
-        peak = self.peak(tokens, labels, recomputed)
+        peak = self.peak(tokens, labels, recomputed, room)
         scratch = 0 if copied == len(self.layers) else max(layer.copy for layer in self.layers)
         lasting = self.weights + self._copies[copied] + self.adapter + self.optimizer + scratch
         allocator = int((lasting + peak) * ALLOCATOR_SHARE)
@@ -103,26 +121,40 @@ class FusedMemory:
             working=scratch + peak - activations - loss + WORKSPACE_BYTES + allocator,
         )
 
-    def peak(self, tokens: int, labels: int, recomputed: int) -> int:
+    def peak(self, tokens: int, labels: int, recomputed: int, room: Room | None = None) -> int:
         """The most that a step's own tensors take, at whichever moment it is."""
-        found = tokens * (self.kept_per_token(recomputed) + self._ends)
+        found = self.kept(tokens, recomputed, room) + tokens * self._ends
         found += self._loss(tokens, labels, recomputed)
+        sums, summed = padded_attention(self.shape, self.setup, tokens, room)
         for number in {len(self.layers), recomputed} - {0}:
             layer = self.layers[number - 1]
-            kept = self.kept_per_token(recomputed, number - 1) + layer.whole + self._ends
-            found = max(found, tokens * (kept + max(layer.forward, layer.backward)))
+            kept = self.kept(tokens, recomputed, room, number - 1) + sums
+            kept += tokens * (layer.whole + self._ends)
+            passing = tokens * max(layer.forward, layer.backward)
+            found = max(found, kept + max(passing, tokens * layer.attention + summed))
         return found
 
-    def most_copies(self, tokens: int, labels: int, recomputed: int, limit: int) -> int:
+    def most_copies(
+        self, tokens: int, labels: int, recomputed: int, limit: int, room: Room | None = None
+    ) -> int:
         """Of how many layers a copy can be kept within ``limit`` bytes; 0 where nothing fits."""
 
         def total(copied: int) -> int:
-            return self.step(tokens, labels, recomputed=recomputed, copied=copied).total
+            step = self.step(tokens, labels, recomputed=recomputed, copied=copied, room=room)
+            return step.total
 
         layers = len(self.layers)
         if total(layers) <= limit:  # which needs no scratch memory
             return layers
         return max(0, bisect_right(range(layers), limit, key=total) - 1)
+
+    def kept(
+        self, tokens: int, recomputed: int, room: Room | None, count: int | None = None
+    ) -> int:
+        """What the first ``count`` layers (all by default) keep of a pass."""
+        count = len(self.layers) if count is None else count
+        sums, _ = padded_attention(self.shape, self.setup, tokens, room)
+        return tokens * self.kept_per_token(recomputed, count) + max(0, count - recomputed) * sums
 
     def _loss(self, tokens: int, labels: int, recomputed: int) -> int:
         c, shape = self.setup.compute, self.shape
@@ -165,7 +197,8 @@ def _fused_layer(
         recomputed=stream,
         whole=whole,
         forward=max(inner, c * width["gate_up"]) + c * shape.hidden,
-        backward=max(inner * (2 if count["down"] else 1), attention - c * rows["gate_up"]),
+        backward=inner * (2 if count["down"] else 1),
+        attention=attention - c * rows["gate_up"],
         copy=c * sum(rows[name] * width[name] for name in parts),
     )
 

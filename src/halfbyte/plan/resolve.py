@@ -156,14 +156,16 @@ class _LargestPass:
     def __call__(self, rows: int, passes: int) -> PassSize:
         if not self.train:
             tokens = rows * self.max_length
-            return PassSize(tokens, tokens, self.max_length)
+            return PassSize(tokens, tokens, self.max_length, 2 * rows)
         steps = _steps(self.recipe, self.units, rows * passes)[1]
         batches = Batches(self.train, rows, passes, self.recipe.seed, packs=self.units.packs)
         found = batch_sizes(batches, steps).largest
         if self.device.kind == "cpu":
-            return PassSize(*found)
-        tokens, labels = (-(-n // ROUNDED_TO) * ROUNDED_TO for n in found[:2])
-        return PassSize(tokens, min(tokens, labels), found[2])
+            return PassSize(*found, batches.capacity)
+        tokens, labels, longest = (-(-n // ROUNDED_TO) * ROUNDED_TO for n in found)
+        # A batch in a bucket has room for as many rows of padding as may be needed.
+        room = batches.capacity + -(-tokens // longest)
+        return PassSize(tokens, min(tokens, labels), found[2], room)
 
 
 def _seconds_per_token(
@@ -325,6 +327,7 @@ def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: 
     if trained_rows:
         reason = reason or TRAINED_ENDS
     fused = device.kind == "cuda" and reason is None and whole_blocks
+    capability = device.capability or (0, 0)
     return Setup(
         precision=str(recipe.precision),
         upcast_rest=upcast_rest,
@@ -338,7 +341,8 @@ def setup_of(recipe: Recipe, shape: ModelShape, device: Device, *, upcast_rest: 
         trained_rows=trained_rows,
         optimizer=recipe.training.optimizer,
         fused=fused,
-        triton=triton_shim.INSTALLED and (device.capability or (0, 0)) >= (7, 5),
+        triton=triton_shim.INSTALLED and capability >= (7, 5),
+        pads_rows=triton_shim.INSTALLED and (7, 5) <= capability < (8, 0),
     )
 
 

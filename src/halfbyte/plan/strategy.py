@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from halfbyte.plan.device import Device
-from halfbyte.plan.memory import Setup, StepMemory, step_memory
+from halfbyte.plan.memory import Setup, StepMemory, padded_attention, step_memory
+from halfbyte.plan.memory_attention import Room
 from halfbyte.plan.memory_fused import FusedMemory
 from halfbyte.plan.parameters import ModelShape
 from halfbyte.plan.speed import device_speed, step_seconds
@@ -43,6 +44,8 @@ class Way:
     copied_layers: int
     memory: StepMemory
     seconds: float
+    room: Room
+    padding: int  # bytes of attention that are there for padding rows to the longest
 
     @property
     def checkpointing(self) -> bool:
@@ -81,11 +84,17 @@ def budget(device: Device, limit_gb: float | None = None) -> Budget:
 
 @dataclass(frozen=True)
 class PassSize:
-    """A forward pass: its positions, how many of them are learned, the longest of its rows."""
+    """A forward pass: its positions, how many of them are learned, the longest of its rows, and
+    for how many rows it has room."""
 
     tokens: int
     labels: int
     row_tokens: int
+    rows: int = 1
+
+    @property
+    def room(self) -> Room:
+        return Room(self.rows, min(self.row_tokens, self.tokens))
 
 
 def ways(
@@ -111,6 +120,10 @@ def ways(
     found = []
     for rows, passes in batches:
         size = largest(rows, passes)
+        padded, apart = (
+            padded_attention(shape, setup, size.tokens, room)[1] for room in (size.room, None)
+        )
+        padding = max(0, padded - apart)
         for recomputed, copied, memory in _memories(
             shape, setup, fused, size, checkpointing, limit
         ):
@@ -126,7 +139,18 @@ def ways(
                 adapter=adapter,
             )
             found.append(
-                Way(rows, passes, size.tokens, layers, recomputed, copied, memory, seconds)
+                Way(
+                    rows,
+                    passes,
+                    size.tokens,
+                    layers,
+                    recomputed,
+                    copied,
+                    memory,
+                    seconds,
+                    size.room,
+                    padding,
+                )
             )
     return found
 
@@ -144,15 +168,17 @@ def _memories(
     if fused is None:
         for recompute, copy in product(checkpointing, (True, False)):
             memory = step_memory(
-                shape, setup, tokens=tokens, checkpointing=recompute, keep_copy=copy
+                shape, setup, tokens=tokens, checkpointing=recompute, keep_copy=copy, room=size.room
             )
             yield layers * recompute, layers * copy, memory
         return
     counts = range(layers + 1) if len(checkpointing) > 1 else [layers * checkpointing[0]]
     for recomputed in counts:
-        most = fused.most_copies(tokens, labels, recomputed, limit.bytes)
+        most = fused.most_copies(tokens, labels, recomputed, limit.bytes, size.room)
         for copied in {0, most}:
-            memory = fused.step(tokens, labels, recomputed=recomputed, copied=copied)
+            memory = fused.step(
+                tokens, labels, recomputed=recomputed, copied=copied, room=size.room
+            )
             yield recomputed, copied, memory
 
 

@@ -55,7 +55,14 @@ def _memory(asked: Recipe, device: Device, way: Way, fits: bool, units: Units) -
             f"a step needs about {need} and {gigabytes(device.free_bytes)} are free; end other "
             "programs that hold memory."
         )
+    limit = budget(device, asked.memory_limit_gb)
     better = []
+    if units.packs is not None and way.padding > way.memory.total - limit.bytes:
+        better.append(
+            f"--set data.packing=false, since {gigabytes(way.padding)} of it are attention's, "
+            f"which on this GPU takes memory for {way.room.rows} rows a pass as if each had the "
+            f"{way.room.longest:,} tokens of the longest"
+        )
     if asked.training.gradient_checkpointing is False:
         better.append("--set training.gradient_checkpointing=true")
     if way.batch_size > 1:
@@ -65,10 +72,9 @@ def _memory(asked: Recipe, device: Device, way: Way, fits: bool, units: Units) -
         )
     if not better:
         better.append("a smaller --set data.max_length or a smaller model")
-    there_is = budget(device, asked.memory_limit_gb).words
     return (
         f"a pass of {way.tokens:,} tokens, the largest of {way.batch_size} {units.words}, needs "
-        f"about {need}, more than there is ({there_is}), and may run out of memory; try "
+        f"about {need}, more than there is ({limit.words}), and may run out of memory; try "
         f"{', or '.join(better)}."
     )
 
