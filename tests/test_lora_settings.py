@@ -101,6 +101,8 @@ def test_a_pattern_that_does_nothing_is_told_of() -> None:
         adapter_scales(dict.fromkeys(NAMES, 8), 16, {"lm_head": 4})
     with pytest.raises(ModelError, match="nothing would be trained"):
         choose_targets(NAMES, ["q_proj"], ["self_attn.q_proj"])
+    with pytest.raises(ModelError, match=r"write lora.modules_to_save: \[lm_head\]"):
+        choose_targets(NAMES, ["q_proj", "lm_head"])
     with pytest.raises(ModelError, match="fits none; a name here is model"):
         choose_targets(NAMES, r"layers\..*")
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 from halfbyte.errors import ModelError
 
 ALL_LINEAR = "all-linear"
+ENDS = ("embed_tokens", "lm_head")  # which other tools let adapters have
 Targets = str | Sequence[str]
 V = TypeVar("V")
 
@@ -75,6 +76,11 @@ def saved_targets(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
     return leaves if choose_targets(names, leaves) == list(chosen) else list(chosen)
 
 
+def fits(name: str, target: str, key: str, *, pattern: bool) -> bool:
+    """Whether ``target``, a name or a pattern out of the setting ``key``, fits ``name``."""
+    return _full_match(target, name, key) if pattern else _is_named(name, target)
+
+
 def _fitting(names: Sequence[str], wanted: Targets, key: str) -> set[str]:
     if isinstance(wanted, str):
         found = {name for name in names if _full_match(wanted, name, key)}
@@ -86,6 +92,11 @@ def _fitting(names: Sequence[str], wanted: Targets, key: str) -> set[str]:
         return found
     for target in wanted:
         if not any(_is_named(name, target) for name in names):
+            if target in ENDS:
+                raise ModelError(
+                    f"{key} names {target!r}, which gets no adapter; to train all of it write "
+                    f"lora.modules_to_save: [{target}]."
+                )
             raise ModelError(
                 f"{key} names {target!r}, which this model does not have; it has {_leaves(names)}."
             )
