@@ -12,7 +12,6 @@ from typer.core import TyperCommand
 
 from halfbyte.cli.errors import STOPPED
 from halfbyte.errors import RunError
-from halfbyte.run.ahead import transformers_ahead
 
 if TYPE_CHECKING:
     from halfbyte.cli.asked import Asked
@@ -112,7 +111,6 @@ def start(
 
     def run() -> Run:
         with display.phase("libraries"):
-            transformers_ahead()
             from halfbyte.run import train as run_training
         return run_training(
             asked.recipe,
@@ -145,7 +143,6 @@ def _resume(folder: Path, given: list[str]) -> None:
 
     def run() -> Run:
         with display.phase("libraries"):
-            transformers_ahead()
             from halfbyte.run import train as run_training
         return run_training(resume=folder, listeners=[display], command=_typed())
 

@@ -1,4 +1,4 @@
-"""What a run needs later, made ready in a thread while something else holds it up.
+"""What a run on a GPU needs later, made ready in a thread while something else holds it up.
 
 Nothing depends on it: what is not ready, or fails here, is made where it is needed.
 """
@@ -12,15 +12,6 @@ from contextlib import suppress
 
 # The report's plots: 0.6 s, for which the end of a run would wait.
 LIBRARIES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
-
-
-def transformers_ahead() -> None:
-    """Import transformers, while PyTorch is imported.
-
-    It begins by reading the names of all its files and of all installed packages, during which
-    other threads run: up to 2 s where files are slow.
-    """
-    _begin(_import_transformers)
 
 
 def import_ahead() -> None:
@@ -38,11 +29,6 @@ def key_ahead() -> None:
 
 def _begin(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="ahead", daemon=True).start()
-
-
-def _import_transformers() -> None:
-    with suppress(Exception):  # said where it is needed
-        importlib.import_module("transformers")
 
 
 def _import() -> None:
