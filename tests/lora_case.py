@@ -28,11 +28,11 @@ from oracle.case import Family, save_model
 PREFIX = "base_model.model."
 
 
-def save_models(make: pytest.TempPathFactory, *families: Family) -> dict[str, Path]:
-    """Folders of a random model of each family."""
+def save_models(make: pytest.TempPathFactory, *families: Family, **changed: Any) -> dict[str, Path]:
+    """Folders of a random model of each family, with settings ``changed``."""
     found = {family: make.mktemp(family) for family in families}
     for family, folder in found.items():
-        save_model(folder, family)
+        save_model(folder, family, **changed)
     return dict(found)
 
 
@@ -205,5 +205,5 @@ def with_its_start(qlora: QLoRAModel, folder: Path) -> Any:
         if layer.initial is not None:
             a, b = layer.initial
             weight = weight + layer.scale * b @ a
-        base.get_submodule(name).weight = torch.nn.Parameter(weight)
+        base.get_submodule(name).weight = torch.nn.Parameter(weight.cpu())
     return base
