@@ -98,7 +98,7 @@ def test_bands_find_what_they_promise(threshold: float) -> None:
         numbers = [str(n).encode() for n in rng.choice(10**9, 400, replace=False)]
         extra = (400 - both) // 2
         texts += [numbers[: both + extra], numbers[:both] + numbers[both + extra :]]
-    keys = band_keys(texts, threshold)
+    keys = band_keys(texts, len(texts), threshold)
     found = (keys[:, 0::2] == keys[:, 1::2]).any(axis=0).mean()
     assert found >= 0.95  # 99 % less four standard deviations of 150 draws
     # Texts that have nothing in common have no band in common either.

@@ -24,7 +24,9 @@ from chat_case import (
 )
 from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import ModelChat
+from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.example import Example, Message
+from halfbyte.data.example_store import ExampleStore
 from halfbyte.data.prepare import prepare
 from halfbyte.data.rendered import Parts, Rendered, render
 from halfbyte.data.template import Template, make_template, reference
@@ -273,7 +275,7 @@ def test_rows_that_are_refused_are_counted_and_named() -> None:
     assert list(flagged.kinds()) == [UNLEARNED]
     mistral = rendered(ModelChat(tokenizer_of("mistral-nemo")), [bad, good], "answer")
     assert mistral.places.tolist() == [0, 0, 1]
-    parts = Parts([bad, good], mistral, np.arange(3))
+    parts = Parts(Picked(ExampleStore([bad, good])), mistral, np.arange(3))
     assert [part.turns for part in parts] == [(2,), (4,), None]
     assert [len(part.messages) for part in parts] == [3, 5, len(good.messages)]
     assert mistral.warnings([bad, good])[0].startswith("1 of 2 conversations are trained as 2 rows")

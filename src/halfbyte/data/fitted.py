@@ -161,3 +161,11 @@ def sizes_of(rows: Sequence[TokenizedRow]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     labels = np.fromiter((row.num_labels for row in rows), dtype=np.int64, count=len(rows))
     return lengths, labels
+
+
+def sizes_shown(rows: Sequence[TokenizedRow]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens taken off each of ``rows``, and those that it has, int64 each."""
+    if isinstance(rows, Shown):
+        return rows.cuts, rows.lengths
+    cuts = np.fromiter((row.cut for row in rows), dtype=np.int64, count=len(rows))
+    return cuts, np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from halfbyte.data.batch import Segment
 from halfbyte.data.by_place import ByPlace
+from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.example import Example
 from halfbyte.data.template import Template
 from halfbyte.data.turns import REFUSED, RowRefused, says
@@ -75,7 +76,7 @@ class Rendered:
 class Parts(ByPlace[Example]):
     """Of ``examples`` what was rendered as each of ``rows`` (their numbers, int64)."""
 
-    def __init__(self, examples: Sequence[Example], rendered: Rendered, rows: np.ndarray) -> None:
+    def __init__(self, examples: Picked, rendered: Rendered, rows: np.ndarray) -> None:
         self._examples, self._rendered = examples, rendered
         self._rows = rows
 
@@ -83,12 +84,18 @@ class Parts(ByPlace[Example]):
         return len(self._rows)
 
     def at(self, place: int) -> Example:
-        row = int(self._rows[place])
-        example = self._examples[self._rendered.places[row]]
-        turns = self._rendered.turns_of(row)
-        if turns is None:
-            return example
-        return replace(example, messages=example.messages[: turns[-1] + 1], turns=turns)
+        return next(self.each([place]))
+
+    def each(self, places: Iterable[int]) -> Iterator[Example]:
+        rows = self._rows[np.fromiter(places, dtype=np.int64)]
+        examples = self._examples.each(map(self._rendered.places.__getitem__, rows))
+        for row, example in zip(rows, examples, strict=True):
+            turns = self._rendered.turns_of(row)
+            if turns is None:
+                yield example
+            else:
+                until = example.messages[: turns[-1] + 1]
+                yield replace(example, messages=until, turns=turns)
 
 
 def answered(example: Example) -> bool:

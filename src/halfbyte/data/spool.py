@@ -17,7 +17,8 @@ from halfbyte.errors import DataError
 KEPT = 50_000
 KEPT_BYTES = 64 << 20
 SAMPLED = 16  # one thing in so many is measured for that
-READ_AT_ONCE = 1 << 20  # bytes, where things are read one after another
+WRITTEN_AT_ONCE = 1 << 20  # bytes
+READ_AT_ONCE = 1 << 16  # bytes, where things are read one after another
 
 T = TypeVar("T")
 
@@ -61,10 +62,11 @@ class Spool(ByPlace[T]):
                 if count % SAMPLED == 0:
                     self._bytes += SAMPLED * len(self.encode(thing))
                 return
-            self._file = tempfile.TemporaryFile(  # noqa: SIM115
-                prefix="halfbyte-rows-", dir=roomy_folder(), buffering=READ_AT_ONCE
-            )
         try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115
+                    prefix="halfbyte-rows-", dir=roomy_folder(), buffering=WRITTEN_AT_ONCE
+                )
             self._ends.append(self._end + self._file.write(self.encode(thing)))
         except OSError as error:
             raise no_room(roomy_folder(), error) from error
@@ -90,20 +92,19 @@ class Spool(ByPlace[T]):
         begin = self._ends[place - 1] if place else 0
         return self._read(begin, self._ends[place])
 
-    def __iter__(self) -> Iterator[T]:
-        yield from self._first
-        begin, place = 0, 0
-        while place < len(self._ends):
-            after = place
-            while after < len(self._ends) and (
-                after == place or self._ends[after] - begin <= READ_AT_ONCE
-            ):
-                after += 1
-            read, base = self._read(begin, self._ends[after - 1]), begin
-            for end in self._ends[place:after]:
-                yield self.decode(read[begin - base : end - base])
-                begin = end
-            place = after
+    def each(self, places: Iterable[int]) -> Iterator[T]:
+        kept, ends = len(self._first), self._ends
+        window, start = b"", 0
+        for place in places:
+            if place < kept:
+                yield self._first[place]
+                continue
+            end = ends[place - kept]
+            begin = ends[place - kept - 1] if place > kept else 0
+            if begin < start or end > start + len(window):
+                start = begin
+                window = self._read(begin, max(end, min(begin + READ_AT_ONCE, self._end)))
+            yield self.decode(window[begin - start : end - start])
 
     @property
     def _end(self) -> int:

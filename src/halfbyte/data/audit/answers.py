@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from halfbyte.data.audit.subject import EMPTY_ANSWER, MANY, Subject, snippet
+from halfbyte.data.audit.subject import EMPTY_ANSWER, EXAMPLES, MANY, Subject, snippet
+from halfbyte.data.cleaning.duplicates import digest
 from halfbyte.data.example import Example
 from halfbyte.data.turns import REFUSED, UNLEARNED
 from halfbyte.events.types import Found
@@ -73,21 +74,24 @@ def _refused(subject: Subject) -> list[Found]:
 
 
 def _same(subject: Subject) -> list[Found]:
-    answers = Counter(
-        answer
-        for place in subject.looked_at
-        if (row := subject.rows[place]).text is None and (answer := row.answer.strip())
-    )
-    if not answers:
+    digests: list[bytes] = []  # of all answers: the texts themselves would be much
+    for _, row in subject.seen():
+        if row.text is None and (answer := row.answer.strip()):
+            digests.append(digest(answer))
+    if not digests:
         return []
-    answer, count = answers.most_common(1)[0]
-    asked = answers.total()
+    common, count = Counter(digests).most_common(1)[0]
+    asked = len(digests)
     if count < SAME_ROWS or count < SAME_SHARE * asked:
         return []
     alike = count == asked
+    places, answer = [], ""
+    for place, row in subject.seen():
+        if digest(said := row.answer.strip()) == common:
+            places.append(place)
+            answer = said
     if not alike and len(answer) < SAME_LENGTH:
         return []
-    places = [p for p in subject.looked_at if subject.rows[p].answer.strip() == answer]
     return [
         subject.found(
             "same-answers",
@@ -103,12 +107,14 @@ def _same(subject: Subject) -> list[Found]:
 
 
 def _leaked(subject: Subject) -> list[Found]:
-    places, examples = [], []
-    for place in subject.looked_at:
-        leaked = leaked_question(subject.rows[place])
+    places: list[int] = []
+    examples: list[str] = []
+    for place, row in subject.seen():
+        leaked = leaked_question(row)
         if leaked is not None:
             places.append(place)
-            examples.append(snippet(leaked, 0, 60))
+            if len(examples) < EXAMPLES:
+                examples.append(snippet(leaked, 0, 60))
     if not places:
         return []
     return [
@@ -150,11 +156,7 @@ def _begins(answer: str, question: str) -> bool:
 
 def _asked_nothing(subject: Subject) -> list[Found]:
     reads = subject.template.reads
-    places = [
-        place
-        for place in subject.looked_at
-        if (row := subject.rows[place]).text is None and not _asks(row, reads)
-    ]
+    places = [place for place, row in subject.seen() if row.text is None and not _asks(row, reads)]
     if not places:
         return []
     return [
@@ -182,11 +184,7 @@ def _left_out(subject: Subject) -> list[Found]:
     for name, (what, todo) in LEFT_OUT.items():
         if name in subject.template.reads:
             continue
-        places = [
-            place
-            for place in subject.looked_at
-            if (row := subject.rows[place]).text is None and _has(row, name)
-        ]
+        places = [place for place, row in subject.seen() if row.text is None and _has(row, name)]
         if places:
             found.append(
                 subject.found(

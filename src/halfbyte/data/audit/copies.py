@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 
 import numpy as np
 
 from halfbyte.data.audit.private import hidden
 from halfbyte.data.audit.subject import MANY, Subject
+from halfbyte.data.by_place import Chained
 from halfbyte.data.cleaning.duplicates import row_key
 from halfbyte.data.cleaning.near_duplicates import near_duplicates
 from halfbyte.data.cleaning.parts import shown_part
@@ -23,16 +25,24 @@ NEAR = NearDuplicates(filter="near_duplicates")
 
 def find_copies(subject: Subject) -> list[Found]:
     """Findings on duplicates and on held-out rows that train as well."""
-    keys = _keys(subject.rows[place] for place in subject.whole)
-    copies = [subject.whole[at] for at in _later_ones(keys)]
+    places = array("q")  # of the rows, one for each row of a source
+
+    def rows() -> Iterator[Example]:
+        for place, row in subject.whole():
+            places.append(place)
+            yield row
+
+    keys = _keys(rows())
+    copies = [places[at] for at in _later_ones(keys)]
     near: list[int] = []
     near_held_out: set[int] = set()
     if subject.thorough and find_spec("datasketch"):
-        near, near_held_out = _near(subject, set(copies))
+        near, near_held_out = _near(subject, places, set(copies))
+    count = len(places)
     return [
-        *_duplicates(subject, copies),
-        *_near_duplicates(subject, near),
-        *_held_out(subject, keys, near_held_out),
+        *_duplicates(subject, copies, count),
+        *_near_duplicates(subject, near, count),
+        *_held_out(subject, keys, places, near_held_out),
     ]
 
 
@@ -52,29 +62,27 @@ def _later_ones(keys: np.ndarray) -> list[int]:
     return sorted(order[1:][same].tolist())
 
 
-def _near(subject: Subject, copies: set[int]) -> tuple[list[int], set[int]]:
+def _near(subject: Subject, places: Sequence[int], copies: set[int]) -> tuple[list[int], set[int]]:
     """Places of rows that are nearly as an earlier one, and which held-out rows are as a row that
     trains.
 
     Held-out rows that are like one another already are not counted.
     """
-    rows = [subject.rows[place] for place in subject.whole]
-    held_out = list(subject.held_out)
-    verdicts = [verdict is not None for verdict in near_duplicates(NEAR, [*rows, *held_out])]
+    rows = Chained(subject.rows, places, subject.held_out)
+    verdicts = [verdict is not None for verdict in near_duplicates(NEAR, rows)]
     near = [
         place
-        for place, known in zip(subject.whole, verdicts, strict=False)
+        for place, known in zip(places, verdicts, strict=False)
         if known and place not in copies
     ]
-    among = [verdict is not None for verdict in near_duplicates(NEAR, held_out)]
-    both = zip(verdicts[len(rows) :], among, strict=True)
+    among = [verdict is not None for verdict in near_duplicates(NEAR, subject.held_out)]
+    both = zip(verdicts[len(places) :], among, strict=True)
     return near, {place for place, (known, twice) in enumerate(both) if known and not twice}
 
 
-def _duplicates(subject: Subject, places: list[int]) -> list[Found]:
+def _duplicates(subject: Subject, places: list[int], count: int) -> list[Found]:
     if not places:
         return []
-    count = len(subject.whole)
     return [
         subject.found(
             "duplicates",
@@ -88,10 +96,9 @@ def _duplicates(subject: Subject, places: list[int]) -> list[Found]:
     ]
 
 
-def _near_duplicates(subject: Subject, places: list[int]) -> list[Found]:
+def _near_duplicates(subject: Subject, places: list[int], count: int) -> list[Found]:
     if not places:
         return []
-    count = len(subject.whole)
     return [
         subject.found(
             "near-duplicates",
@@ -109,12 +116,12 @@ def _shown(subject: Subject, places: list[int]) -> list[str]:
     return [hidden(shown_part(subject.rows[place], "row")) for place in places[:3]]
 
 
-def _held_out(subject: Subject, keys: np.ndarray, near: set[int]) -> list[Found]:
+def _held_out(
+    subject: Subject, keys: np.ndarray, places: Sequence[int], near: set[int]
+) -> list[Found]:
     known = _keys(subject.held_out).tolist()
-    wanted = set(known)
-    trained = {
-        key: place for key, place in zip(keys.tolist(), subject.whole, strict=True) if key in wanted
-    }
+    at = np.flatnonzero(np.isin(keys, np.array(known, dtype=np.uint64)))
+    trained = {int(keys[i]): places[i] for i in at.tolist()}
     exact = {at for at, key in enumerate(known) if key in trained}
     found = exact | near
     if not found:

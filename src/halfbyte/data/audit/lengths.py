@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfbyte.data.audit.subject import NOTHING_LEFT, Subject
+from halfbyte.data.fitted import sizes_shown
 from halfbyte.data.long_rows import TOO_LONG
 from halfbyte.events.types import Found
 
@@ -70,13 +71,13 @@ def find_lengths(subject: Subject) -> list[Found]:
 
 
 def _cut(subject: Subject) -> list[Found]:
-    tokenized = subject.tokenized
-    cut = [place for place, row in enumerate(tokenized) if row.cut > 0]
-    count = len(tokenized)
+    cuts, lengths = sizes_shown(subject.tokenized)
+    cut = np.flatnonzero(cuts).tolist()
+    count = len(cuts)
     if not cut or len(cut) < MANY_CUT * count:
         return []
-    tokens = sum(tokenized[place].cut for place in cut)
-    share = tokens / (tokens + sum(map(len, tokenized)))
+    tokens = int(cuts.sum())
+    share = tokens / (tokens + int(lengths.sum()))
     from_left = subject.data.long_rows == "cut_left"
     lost = "the beginning of their question" if from_left else "the end of their answer"
     return [

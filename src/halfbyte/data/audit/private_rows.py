@@ -13,13 +13,13 @@ def find_private_rows(subject: Subject) -> list[Found]:
     """One finding on all kinds of private data; its examples are hidden in part."""
     places: list[int] = []
     kinds: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
-    for place in subject.looked_at:
+    examples: dict[str, str] = {}
+    for place, row in subject.seen():
         here = set()
-        for text in fields_of(subject.rows[place]):
+        for text in fields_of(row):
             for one in find_private(text):
-                if one.kind not in here:
-                    examples.setdefault(one.kind, []).append(snippet(text, one.start, one.end))
+                if one.kind not in examples:
+                    examples[one.kind] = snippet(text, one.start, one.end)
                 here.add(one.kind)
         if here:
             places.append(place)
@@ -35,6 +35,6 @@ def find_private_rows(subject: Subject) -> list[Found]:
             "remove it or put a name such as [PHONE] in its place, since a model can say again "
             "what it was trained on",
             places,
-            [shown[0] for kind in KINDS if (shown := examples.get(kind))],
+            [examples[kind] for kind in KINDS if kind in examples],
         )
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from halfbyte.data.batch import TokenizedRow
+from halfbyte.data.by_place import ByPlace
 from halfbyte.data.example import Example
 from halfbyte.data.template import Template
 from halfbyte.events.types import Found
@@ -51,23 +52,27 @@ class Subject:
         step = 1 if self.thorough else max(1, -(-len(self.rows) // LOOKED_AT))
         return range(0, len(self.rows), step)
 
+    def seen(self) -> Iterator[tuple[int, Example]]:
+        """The rows looked at, each behind its place."""
+        return enumerate(self.rows) if self.thorough else iter(self._sample)
+
     @cached_property
-    def whole(self) -> list[int]:
-        """Places in ``rows``, one for each row of a source.
+    def _sample(self) -> list[tuple[int, Example]]:
+        return [(place, self.rows[place]) for place in self.looked_at]
+
+    def whole(self) -> Iterator[tuple[int, Example]]:
+        """Each row of a source, behind its place in ``rows``.
 
         A conversation may have become several rows, which follow one another; the last of them
         holds the others.
         """
-        places: list[int] = []
-        before = None
+        last: tuple[int, Example] | None = None
         for place, row in enumerate(self.rows):
-            own = (row.source, row.row)
-            if own == before:
-                places[-1] = place
-            else:
-                places.append(place)
-            before = own
-        return places
+            if last is not None and (last[1].source, last[1].row) != (row.source, row.row):
+                yield last
+            last = place, row
+        if last is not None:
+            yield last
 
     def share(self, places: Sequence[int]) -> float:
         """Of the rows looked at."""
@@ -127,6 +132,22 @@ class Subject:
         """Where ``rows`` stand, as :class:`Found` has it: their numbers and their sources."""
         sources = [row.source for row in rows] if self.data.sources else []
         return [row.row for row in rows], sources
+
+
+class Seen(ByPlace[Example]):
+    """The rows that ``subject`` looks at."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+
+    def __len__(self) -> int:
+        return len(self._subject.looked_at)
+
+    def at(self, place: int) -> Example:
+        return self._subject.rows[self._subject.looked_at[place]]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (row for _, row in self._subject.seen())
 
 
 def fields_of(row: Example) -> list[str]:

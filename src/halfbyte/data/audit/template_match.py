@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
-from halfbyte.data.audit.subject import Subject, fields_of, snippet
+from halfbyte.data.audit.subject import EXAMPLES, Subject, fields_of, snippet
 from halfbyte.data.batch import Segment
 from halfbyte.data.chat_template import own_template
 from halfbyte.data.example import Example
@@ -79,9 +80,10 @@ def _in_rows(subject: Subject) -> list[Found]:
     written = _written_by(subject)
     known = _marks_of_model(subject.tokenizer)
     end = subject.tokenizer.eos_token or ""  # an answer may bring it along
-    places, examples, families = [], [], []
-    for place in subject.looked_at:
-        row = subject.rows[place]
+    places: list[int] = []
+    examples: list[str] = []
+    families: Counter[str] = Counter()
+    for place, row in subject.seen():
         for text in fields_of(row):
             found = family_of(text.removesuffix(end))
             if found is None:
@@ -90,12 +92,13 @@ def _in_rows(subject: Subject) -> list[Found]:
             if row.text is not None and (family in PLAIN_FAMILIES or family in known):
                 continue  # a text as the model knows it, of which every token is learned
             places.append(place)
-            families.append(family)
-            examples.append(snippet(text, match.start(), match.end()))
+            families[family] += 1
+            if len(examples) < EXAMPLES:
+                examples.append(snippet(text, match.start(), match.end()))
             break
     if not places:
         return []
-    family = max(set(families), key=families.count)
+    family = families.most_common(1)[0][0]
     mark = FAMILIES[family][0].strip()
     twice = written == family
     if twice:
@@ -186,17 +189,19 @@ def _special_tokens(subject: Subject) -> list[Found]:
     if not special:
         return []
     begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""  # judged as tokens
-    places, examples, first = [], [], ""
-    for place in subject.looked_at:
-        row = subject.rows[place]
+    places: list[int] = []
+    examples: list[str] = []
+    first = ""
+    for place, row in subject.seen():
         text = "\n".join(fields_of(row)).removesuffix(end).removeprefix(begin)
         token = next((token for token in special if token in text), None)
         if token is None or (row.text is not None and family_of(text)):
             continue
         first = first or token
         places.append(place)
-        at = text.index(token)
-        examples.append(snippet(text, at, at + len(token)))
+        if len(examples) < EXAMPLES:
+            at = text.index(token)
+            examples.append(snippet(text, at, at + len(token)))
     if not places:
         return []
     return [

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 from halfbyte.data.audit.private import hidden
-from halfbyte.data.audit.subject import MANY, Subject
+from halfbyte.data.audit.subject import EXAMPLES, MANY, Seen, Subject
 from halfbyte.data.cleaning.encoding import encoding
 from halfbyte.data.cleaning.language import language, languages_of
 from halfbyte.data.cleaning.parts import Verdict
@@ -35,7 +35,7 @@ TOGETHER = (("Han", "Hiragana", "Katakana"), ("Han", "Bopomofo"), ("Hangul", "Ha
 
 def find_text_quality(subject: Subject) -> list[Found]:
     """Findings on encoding, unfinished answers, scripts and, if thorough, languages."""
-    rows = [subject.rows[place] for place in subject.looked_at]
+    rows = Seen(subject)
     return [
         *_encoding(subject, rows),
         *_unfinished(subject, rows),
@@ -44,12 +44,14 @@ def find_text_quality(subject: Subject) -> list[Found]:
 
 
 def flagged(subject: Subject, verdicts: Iterable[Verdict]) -> tuple[list[int], list[str]]:
-    """Places of the rows looked at that a filter would drop, and why, private data hidden."""
-    places, reasons = [], []
+    """Places of the rows looked at that a filter would drop, and why some, private data hidden."""
+    places: list[int] = []
+    reasons: list[str] = []
     for place, verdict in zip(subject.looked_at, verdicts, strict=True):
         if verdict is not None:
             places.append(place)
-            reasons.append(hidden(verdict if isinstance(verdict, str) else verdict[1]))
+            if len(reasons) < EXAMPLES:
+                reasons.append(hidden(verdict if isinstance(verdict, str) else verdict[1]))
     return places, reasons
 
 

@@ -50,27 +50,30 @@ def check_datasketch() -> None:
         raise DataError(NEEDS) from None
 
 
-def band_keys(shingles: Iterable[list[bytes]], threshold: float) -> np.ndarray:
+def band_keys(shingles: Iterable[list[bytes]], texts: int, threshold: float) -> np.ndarray:
     """uint64 [bands, texts]: texts with an equal key in a row of it may be alike.
 
-    ``shingles`` are those of each text; a text without any gets the key 0 in every band.
+    ``shingles`` are those of each of so many ``texts``; one without any gets the key 0 everywhere.
     """
     from datasketch import MinHash
 
     bands, length = bands_for(threshold)
     sketch = MinHash(PERMUTATIONS, hashfunc=zlib.crc32, scheme=SCHEME)
-    columns: list[np.ndarray] = []
+    # In one array: so many chunks, and what joins them, would take the memory twice.
+    keys = np.empty((bands, texts), dtype=np.uint64)
+    begin = 0
     for chunk in _chunks(shingles):
         signatures = np.empty((len(chunk), PERMUTATIONS), dtype=np.uint64)
-        for row, texts in zip(signatures, chunk, strict=True):
+        for row, words in zip(signatures, chunk, strict=True):
             sketch.clear()
-            for begin in range(0, len(texts), AT_ONCE):  # each takes 128 words of memory
-                sketch.update_batch(texts[begin : begin + AT_ONCE])
+            for first in range(0, len(words), AT_ONCE):  # each takes 128 words of memory
+                sketch.update_batch(words[first : first + AT_ONCE])
             row[:] = sketch.hashvalues
-        keys = _joined(signatures[:, : bands * length].reshape(len(chunk), bands, length))
-        keys[[not texts for texts in chunk]] = 0
-        columns.append(keys.T)
-    return np.concatenate(columns, axis=1) if columns else np.empty((bands, 0), np.uint64)
+        joined = _joined(signatures[:, : bands * length].reshape(len(chunk), bands, length))
+        joined[[not words for words in chunk]] = 0
+        keys[:, begin : begin + len(chunk)] = joined.T
+        begin += len(chunk)
+    return keys
 
 
 def groups_of(keys: np.ndarray) -> np.ndarray:

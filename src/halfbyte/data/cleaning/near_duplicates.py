@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -36,22 +36,22 @@ def near_duplicates(settings: NearDuplicates, examples: Sequence[Example]) -> It
         frame, text = framed_part(examples[index], settings.by)
         return shingles_of(text, settings.ngram, frame)
 
-    groups = groups_of(band_keys(map(shingles, range(len(examples))), settings.threshold))
+    count = len(examples)
+    groups = groups_of(band_keys(map(shingles, range(count)), count, settings.threshold))
     sequences = lru_cache(SETS_HELD)(lambda index: frozenset(shingles(index)))
-    members: defaultdict[int, list[int]] = defaultdict(list)  # of a group, those that stay
+    members = _Members(groups)
     alone = np.asarray((groups < 0).all(axis=1))
     for index, example in enumerate(examples):
         if alone[index]:
             yield None
             continue
         own = groups[index][groups[index] >= 0].tolist()
-        common = Counter(other for group in own for other in members[group])
+        common = Counter(other for group in own for other in members.of(group))
         likeliest = (other for other, _ in common.most_common(COMPARED))
         found = _nearest(index, likeliest, sequences, settings.threshold)
         if found is None:
             for group in own:
-                if len(members[group]) < KEPT_OF_A_GROUP:
-                    members[group].append(index)
+                members.add(group, index)
             yield None
         else:
             other, similarity = found
@@ -59,6 +59,33 @@ def near_duplicates(settings: NearDuplicates, examples: Sequence[Example]) -> It
             # Rounded down: what is shown never exceeds what it is.
             share = np.floor(similarity * 100) / 100
             yield f"{share:.2f} like {name_of(examples[other], example)}: {shown}"
+
+
+class _Members:
+    """Of each group the rows that stay, the first KEPT_OF_A_GROUP of them.
+
+    They lie in one array with a place for each that may come: a million rows of which each is like
+    another one are in some ten million groups, which as lists would take gigabytes.
+    """
+
+    def __init__(self, groups: np.ndarray) -> None:
+        """``groups`` int32 [rows, bands] as ``groups_of`` gives them."""
+        sizes = np.bincount(groups[groups >= 0])
+        room = np.minimum(sizes, KEPT_OF_A_GROUP)
+        self._starts = np.cumsum(room) - room
+        self._counts = np.zeros(len(room), dtype=np.int32)
+        self._rows = np.empty(int(room.sum()), dtype=np.int32)
+
+    def of(self, group: int) -> list[int]:
+        start = self._starts[group]
+        rows: list[int] = self._rows[start : start + self._counts[group]].tolist()
+        return rows
+
+    def add(self, group: int, row: int) -> None:
+        count = self._counts[group]
+        if count < KEPT_OF_A_GROUP:
+            self._rows[self._starts[group] + count] = row
+            self._counts[group] = count + 1
 
 
 def _nearest(

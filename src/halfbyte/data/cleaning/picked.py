@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from halfbyte.data.by_place import ByPlace
 from halfbyte.data.example import Example
@@ -34,6 +34,12 @@ class Picked(ByPlace[Example]):
 
     def at(self, place: int) -> Example:
         return self.of_source(self.places[place])
+
+    def each(self, places: Iterable[int]) -> Iterator[Example]:
+        picked = array("q", map(self.places.__getitem__, places))
+        for place, row in zip(picked, self.source.each(picked), strict=True):
+            other = self._instead.get(place)
+            yield row if other is None else self._mended[other]
 
     @property
     def many(self) -> bool:
