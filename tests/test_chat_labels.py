@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from chat_case import (
     CONVERSATIONS,
     FAMILIES,
+    WEATHER,
     Marked,
     byte_tokenizer,
     marked_rows,
@@ -387,6 +388,81 @@ def test_labels_are_those_of_a_slow_reference(
             mask += [learn] * len(piece)
         mask[0] = False  # nothing predicts it
         assert tokens(tokenizer, segments) == (ids, mask)
+
+
+@st.composite
+def spoken_words(draw: st.DrawFn) -> Example:
+    """A conversation of which each message, thought and call holds a word that no other holds."""
+    number = 0
+
+    def word(pieces: Sequence[str] = PIECES) -> str:
+        nonlocal number
+        number += 1
+        before, after = draw(st.sampled_from(["", *pieces])), draw(st.sampled_from(["", *pieces]))
+        return f"{before}w{number}w{after}"
+
+    messages = [Message("system", word())] if draw(st.booleans()) else []
+    calls = draw(st.booleans())
+    for turn in range(draw(st.integers(1, 3))):
+        messages.append(Message("user", word()))
+        if calls and draw(st.booleans()):
+            call = {"id": f"call0000{turn}", "name": "weather", "arguments": {"city": word([])}}
+            text = word() if draw(st.booleans()) else ""
+            messages.append(Message("assistant", text, tool_calls=(call,)))
+            messages.append(Message("tool", word(), tool_call_id=call["id"], name="weather"))
+        thought = word() if draw(st.booleans()) else None
+        messages.append(Message("assistant", word(), reasoning=thought))
+    return Example(0, tuple(messages), tools=(WEATHER,) if calls else ())
+
+
+def words_in(text: str) -> list[str]:
+    return re.findall(r"w\d+w", text)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"deepseek-r1-distill"}))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(example=spoken_words(), last=st.booleans())
+def test_each_answer_is_learned_once_with_its_end_and_nothing_else_is(
+    name: str, example: Example, last: bool
+) -> None:
+    tokenizer = tokenizer_of(name)
+    template = ModelChat(tokenizer)
+    try:
+        found = template.rows(example, "last" if last else "answer")
+    except RowRefused:
+        assume(False)
+    places = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
+    expected: list[str] = []
+    thoughts: set[str] = set()
+    for place in places[-1:] if last else places:
+        message = example.messages[place]
+        expected += words_in(message.content)
+        expected += words_in(str([call["arguments"] for call in message.tool_calls]))
+        thoughts |= set(words_in(message.reasoning or ""))
+    learned = [text for _, segments in found for text, learn in pieces(segments) if learn]
+    words = [word for text in learned for word in words_in(text)]
+    # A template may leave thoughts out, but learns none twice, and none of another answer.
+    assert sorted(word for word in words if word not in thoughts) == sorted(expected)
+    assert len(set(words)) == len(words)
+    ends = {FAMILIES[name].eos, *FAMILIES[name].others}
+    place_of = {
+        word: place
+        for place in places
+        for word in words_in(
+            f"{example.messages[place].content}{example.messages[place].tool_calls}"
+        )
+    }
+    for _, segments in found:
+        before = ""
+        for text, learn in pieces(segments):
+            if learn:
+                assert any(text.rstrip().endswith(end) for end in ends), text
+                place = next(place_of[word] for word in words_in(text) if word in place_of)
+                # Learning begins where a model is prompted, or behind that.
+                assert before.startswith(
+                    rendered(template, tokenizer, example, place, generate=True)
+                )
+            before += text
 
 
 def test_the_table_in_the_docs_is_what_was_marked_by_hand() -> None:
