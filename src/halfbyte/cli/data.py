@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,9 +59,14 @@ def data(
     asked = asked_for(recipe, overrides=set_ or [])
     display = Display()
     with nullcontext() if json_ else display.phase("looking"):
+        from halfbyte.events.types import PhaseProgress
         from halfbyte.run.look import look_at_data
 
-        look = look_at_data(asked.recipe, recipe_folder=asked.folder)
+        look = look_at_data(
+            asked.recipe,
+            recipe_folder=asked.folder,
+            progress=lambda done, rows: display(PhaseProgress("looking", done, rows)),
+        )
     _refuse_to_replace(options, look.files)
     if json_:
         from halfbyte.cli.data_json import data_json
@@ -128,9 +135,11 @@ def _write_files(
 
         from halfbyte.data.cleaning import write_cleaned
 
-        # A row that the recipe takes more than once, or that became several, is written once.
-        once = {(row.source, row.row): row for row in look.prepared.train_rows}
-        count = write_cleaned(write, [replace(row, turns=None) for row in once.values()])
+        # A row that the recipe takes more than once, or that became several, is written once;
+        # the last of several holds the others.
+        same = groupby(look.prepared.train_rows, key=lambda row: (row.source, row.row))
+        last = (deque(rows, maxlen=1)[0] for _, rows in same)
+        count = write_cleaned(write, (replace(row, turns=None) for row in last))
         written.append(("written", f"{count:,} rows to {write}"))
     return written
 

@@ -10,6 +10,7 @@ from halfbyte.data.audit.lengths import Bin, histogram
 from halfbyte.data.audit.sample import RowAsTrained, pieces_of
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.source import files_of, is_pattern
+from halfbyte.data.tokenize import Progress
 from halfbyte.model.source import context_length, open_tokenizer
 from halfbyte.recipe import Recipe
 from halfbyte.run.assembly import located_recipe
@@ -50,13 +51,15 @@ class Look:
         return histogram(train.lengths + train.cuts)
 
 
-def look_at_data(recipe: Recipe, *, recipe_folder: Path | None = None) -> Look:
+def look_at_data(
+    recipe: Recipe, *, recipe_folder: Path | None = None, progress: Progress | None = None
+) -> Look:
     """Prepare the rows as a run does, and look at every one of them.
 
-    Paths are looked for from the working directory and then from ``recipe_folder``. Raises
-    DataError and ModelError; errors among the findings are not raised.
+    Paths are looked for from the working directory and then from ``recipe_folder``; ``progress``
+    is :func:`prepare`'s. Raises DataError and ModelError; errors among the findings are not raised.
     """
     source, recipe = recipe.data.name, located_recipe(recipe, recipe_folder)
     tokenizer, config = open_tokenizer(recipe.model)
-    prepared = prepare(recipe, tokenizer, context_length(config), thorough=True)
+    prepared = prepare(recipe, tokenizer, context_length(config), thorough=True, progress=progress)
     return Look(recipe, source, prepared, tokenizer)
