@@ -17,6 +17,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -38,14 +39,17 @@ from halfbyte.events import read_events
 from halfbyte.events.types import Checked, Choice, Evaluated, ModelLoaded
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.experts import DOWN, UP, NF4Experts
+from halfbyte.model.host_reads import HostReads
 from halfbyte.model.load import LoadedBase, load_base
 from halfbyte.model.lora_init import LowRankStart
 from halfbyte.model.source import open_model
+from halfbyte.plan.experts import about_experts, experts_warning, refuse_experts
 from halfbyte.plan.memory import Setup, activation_bytes, kept_bytes, weight_bytes
 from halfbyte.plan.parameters import model_shape
-from halfbyte.plan.stored import about_experts
 from halfbyte.quant.dense import DenseWeight
-from halfbyte.recipe.schema import ModelRecipe, QuantizationRecipe
+from halfbyte.recipe.load import parse_recipe
+from halfbyte.recipe.schema import LoraRecipe, ModelRecipe, QuantizationRecipe
+from halfbyte.run.assembly import rehearse
 from oracle.case import Case
 from oracle.ours import load
 
@@ -250,6 +254,59 @@ def test_a_whole_run(folder: Path, tiny_rows: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder), run.adapter, is_trainable=False
     )
     assert len([n for n, _ in peft.named_parameters() if ".lora_" in n]) == 2 * 2 * 4
+
+
+LIST = '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]'
+
+
+@pytest.mark.parametrize(
+    ("setting", "target"),
+    [
+        (f"target_modules: {LIST}", "gate_proj"),  # what recipes for dense models name
+        ("target_modules: [q_proj, gate_up_proj]", "gate_up_proj"),
+        ("target_modules: [q_proj, experts]", "experts"),
+        ("target_modules: [q_proj, gate]", "gate"),
+        ("target_modules: [mlp.experts.5.down_proj]", "mlp.experts.5.down_proj"),
+        (r"target_modules: '.*\.mlp\.experts\..*'", r".*\.mlp\.experts\..*"),
+        ("exclude_modules: [experts]", "experts"),
+    ],
+)
+def test_adapters_on_experts_are_refused_with_the_reason(
+    setting: str, target: str, folder: Path, tiny_rows: Path
+) -> None:
+    text = f"model: {{name: {folder}}}\ndata: {{path: {tiny_rows}}}\nlora:\n  {setting}\n"
+    with pytest.raises(ModelError) as caught:
+        rehearse(parse_recipe(text, "r.yaml"))
+    key = setting.partition(":")[0]
+    assert str(caught.value) == (
+        f"lora.{key} is or holds {target!r}, which fits only this model's experts or router, and "
+        "those get no adapters; leave it out, or name layers that every token passes (q_proj, "
+        "k_proj, v_proj, o_proj)."
+    )
+
+
+def test_what_fits_experts_and_layers_alike_is_told() -> None:
+    config = OTHERS["deepseek v3"]().config  # which has shared experts and dense layers
+    shape = model_shape(config)
+    told = experts_warning(LoraRecipe(target_modules=["o_proj", "down_proj"]), shape)
+    assert told is not None
+    assert "lora.target_modules: 'down_proj' also fits this model's experts" in told
+    told = experts_warning(LoraRecipe(target_modules=r".*\.mlp\..*"), shape)
+    assert told is not None
+    for target in ("all-linear", ["o_proj"], r".*\.shared_experts\..*"):
+        assert experts_warning(LoraRecipe(target_modules=target), shape) is None
+        refuse_experts(LoraRecipe(target_modules=target), shape)
+    dense = model_shape(LlamaConfig(**SHAPE))
+    refuse_experts(LoraRecipe(target_modules=["experts"]), dense)  # which fits nothing, as is told
+
+
+def test_which_tokens_an_expert_gets_is_read_by_the_host(folder: Path) -> None:
+    """So that a step is not captured as a CUDA graph, which a run tells."""
+    (module, *_) = mixtures(loaded(folder)).values()
+    chosen = torch.tensor([[0, 3], [2, 3], [5, 1]])
+    with torch.no_grad(), HostReads() as reads:
+        module(torch.randn(3, 64), chosen, torch.full((3, 2), 0.5))
+    assert reads.found
 
 
 def logits_of(model: QLoRAModel, ids: np.ndarray) -> Tensor:

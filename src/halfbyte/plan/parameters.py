@@ -76,6 +76,7 @@ class ModelShape:
     left_out: frozenset[str] = frozenset()  # of ``linears``, those kept in 16 bits
     experts: tuple[ExpertShape, ...] = ()  # of each layer that has some
     experts_left_out: bool = False  # whether those too are kept in 16 bits
+    experts_named: tuple[str, ...] = ()  # the modules that hold them
     tied: bool = False  # the head is the embedding
 
     @property
@@ -184,6 +185,7 @@ def model_shape(
         left_out=frozenset(left_out),
         experts=experts,
         experts_left_out=stored is not None,
+        experts_named=tuple(find_experts(model)),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
 

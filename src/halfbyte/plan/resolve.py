@@ -22,6 +22,7 @@ from halfbyte.plan import defaults
 from halfbyte.plan.buckets import ROUNDED_TO, batch_sizes
 from halfbyte.plan.decisions import Decisions
 from halfbyte.plan.device import Device
+from halfbyte.plan.experts import about_experts, refuse_experts
 from halfbyte.plan.memory import Setup, optimizer_bytes, weight_bytes
 from halfbyte.plan.parameters import ModelShape, model_shape
 from halfbyte.plan.precision import choose_precision
@@ -33,7 +34,7 @@ from halfbyte.plan.reasons import (
     recompute_reason,
 )
 from halfbyte.plan.speed import device_speed, step_seconds
-from halfbyte.plan.stored import about_experts, as_stored
+from halfbyte.plan.stored import as_stored
 from halfbyte.plan.strategy import (
     PassSize,
     Way,
@@ -99,6 +100,7 @@ def resolve(
     for target modules that the model lacks.
     """
     shape = model_shape(model_config, recipe.model.name, stored)
+    refuse_experts(recipe.lora, shape)
     decided = Decisions.of(recipe)
     decide_device(decided, device)
     for choice in [] if stored is None else as_stored(recipe, stored):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from halfbyte.data.packing import Packs, good_length
 from halfbyte.plan.device import Device
+from halfbyte.plan.experts import experts_warning
 from halfbyte.plan.parameters import ModelShape
 from halfbyte.plan.precision import precision_warning
 from halfbyte.plan.strategy import Way, budget, gigabytes
@@ -42,6 +43,7 @@ def warnings_of(
         _epochs(asked),
         _keep(asked, recipe, held_out),
         _rank(asked, shape),
+        experts_warning(asked.lora, shape),
     ]
     return [text for text in found if text]
 
