@@ -10,7 +10,7 @@ adapters, the router is kept like a norm; gradients flow through both to the lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,19 @@ def _is_known(module: nn.Module) -> bool:
     return getattr(module, "has_gate", False) and not any(
         getattr(module, n, False) for n in unwanted
     )
+
+
+def mistaken_for_experts(network: Any, adapted: Iterable[str]) -> list[str]:
+    """Last names of ``adapted`` layers that PEFT takes for those of the experts in ``network``.
+
+    Old checkpoints name an expert's matrices as a dense MLP's or a shared expert's are named. Since
+    transformers keeps them in one parameter, PEFT turns targets of these names into that parameter,
+    and adapters of the other layers find no place.
+    """
+    if not any(isinstance(module, NF4Experts) for module in network.modules()):
+        return []
+    leaves = {name.rpartition(".")[2] for name in adapted}
+    return [name for name in ("gate_proj", "up_proj", "down_proj") if name in leaves]
 
 
 def expert_name(parameter: str, expert: int) -> str:

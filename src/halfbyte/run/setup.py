@@ -27,6 +27,7 @@ from halfbyte.kernels.cache import VARIABLE as CACHE_VARIABLE
 from halfbyte.kernels.choice import PLAIN, Kernel, Kernels, choose_kernels
 from halfbyte.kernels.trial import Trial
 from halfbyte.model.causal import QLoRAModel, attention_dropout
+from halfbyte.model.experts import mistaken_for_experts
 from halfbyte.model.fusable import TRAINED_ENDS
 from halfbyte.model.fused import FusedNetwork, NotFusedError
 from halfbyte.model.load import load_base
@@ -166,6 +167,7 @@ def load_model(
         parameter.requires_grad_(True)
     if record is not None:
         _tell_of_dropout(source, record)
+        _tell_of_experts(model, record)
     if record is not None and device.kind == "cuda":
         _fuse(model, device, record, earlier, trial)
     copied = 0
@@ -202,6 +204,19 @@ def _tell_of_dropout(source: ModelSource, record: RunRecord) -> None:
                 f"the configuration of {source.name} drops {share:.0%} of attention's "
                 "probabilities in training, which halfbyte's attention does not; set "
                 "lora.lora_dropout if the adapter learns its rows by heart"
+            )
+        )
+
+
+def _tell_of_experts(model: QLoRAModel, record: RunRecord) -> None:
+    names = mistaken_for_experts(model.network, model.lora)
+    if names:
+        leaves = ", ".join(names)
+        record(
+            Warned(
+                f"beside its experts the model has layers named {leaves}, which get adapters; PEFT "
+                "takes these names for the experts' in most such models and then leaves these "
+                f"adapters out; --set lora.exclude_modules='[{leaves}]' if PEFT is to load it"
             )
         )
 
