@@ -68,6 +68,8 @@ class Windows:
     def refuse(self, message: str) -> json.JSONDecodeError:
         """The error for what stands at the place, spaces left out."""
         self.next()
+        while len(self._text) - self._at < NEAR_THE_END and not self._ended:
+            self._read()  # what stands there is shown
         found = _SPACE.match(self._text, self._at)
         at = found.end() if found else self._at
         return self._named(json.JSONDecodeError(message, self._text, at))
