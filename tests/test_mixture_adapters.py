@@ -104,6 +104,7 @@ def test_what_peft_would_leave_out_is_told(
     run = train(recipe, out=tmp_path / "run", runs=tmp_path)
     warned = [r.event.text for r in read_events(run.folder) if isinstance(r.event, Warned)]
     told = any("PEFT takes these names for the experts'" in text for text in warned)
+    assert ("takes for the experts' own" in (run.adapter / "README.md").read_text()) == told
     qlora = load_for_inference(run.folder, "cpu").qlora
     rows = make_rows(300)
     theirs = logits_of(peft_saved(run.adapter, dequantized(qlora, folder)), rows)

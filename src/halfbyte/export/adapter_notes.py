@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from halfbyte.model.new_tokens import NewTokens
 from halfbyte.recipe import Recipe
 
 
-def adapter_notes(recipe: Recipe, new_tokens: NewTokens | None) -> list[str]:
-    """Sentences for the model card; none for plain LoRA."""
+def adapter_notes(
+    recipe: Recipe, new_tokens: NewTokens | None, mistaken: Sequence[str] = ()
+) -> list[str]:
+    """Sentences for the model card; none for plain LoRA.
+
+    ``mistaken`` are those of :func:`halfbyte.model.experts.mistaken_for_experts`.
+    """
     lora, found = recipe.lora, []
     if new_tokens is not None and new_tokens.rows > new_tokens.old_rows:
         found.append(
@@ -25,6 +32,12 @@ def adapter_notes(recipe: Recipe, new_tokens: NewTokens | None) -> list[str]:
         found.append(
             "It was trained with LoftQ and makes good what 4 bits lose: load the base model in "
             f"NF4, in blocks of {recipe.quantization.block_size} weights."
+        )
+    if mistaken:
+        found.append(
+            f"It has adapters of layers beside the experts, named {', '.join(mistaken)}, which PEFT "
+            "takes for the experts' own in most such models and then leaves out: compare its "
+            "answers with those of the run before you rely on what PEFT loads."
         )
     kinds = ["DoRA"] if lora.use_dora else []
     if lora.modules_to_save or new_tokens is not None:

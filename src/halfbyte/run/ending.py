@@ -27,6 +27,7 @@ from halfbyte.export.adapter_notes import adapter_notes
 from halfbyte.export.model_card import model_card
 from halfbyte.generate.answer import answer
 from halfbyte.model.adapter_files import read_adapter
+from halfbyte.model.experts import mistaken_for_experts
 from halfbyte.run.adapter_start import put_saved, saved_adapter
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.record import RunRecord
@@ -82,7 +83,9 @@ def _save(assembly: Assembly, trainer: Trainer, folder: Path, kept: Kept) -> Non
         evaluations=[e for e in events if isinstance(e, Evaluated)],
         kept=kept,
         version=halfbyte.__version__,
-        notes=adapter_notes(recipe, assembly.source.new_tokens),
+        notes=adapter_notes(
+            recipe, assembly.source.new_tokens, mistaken_for_experts(model.network, model.lora)
+        ),
     )
     write_adapter_folder(
         folder / "adapter",
