@@ -186,6 +186,13 @@ def test_many_rows_are_as_few(case: str, monkeypatch: pytest.MonkeyPatch, cache:
     assert_same(few, again)
 
 
+def test_rows_left_out_are_named_with_their_source() -> None:
+    """Rows 1, 18, … of the questions have no answer; here these are the second source."""
+    data = prepared("several sources", sources=[{"path": "texts.jsonl"}, SOURCES[0]])
+    [empty] = [one for one in data.findings if one.name == "empty-answers"]
+    assert empty.places == [f"{n} of source 2" for n in (1, 18, 35, 52)]
+
+
 def test_packs_and_batches_of_many_are_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     for many in (1000, MANY):

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from halfbyte.data.batch import Segment
+from halfbyte.data.long_rows import Leading, fit_row
 from halfbyte.data.prepare import prepare
-from halfbyte.data.tokenize import cut, leading_ids, tokenize_rows
+from halfbyte.data.tokenize import leading_ids, tokenize_rows
 from halfbyte.errors import DataError
 from halfbyte.recipe import Recipe
 from llama_tokenizer import llama_tokenizer
@@ -153,10 +154,10 @@ def test_rows_of_a_call_do_not_depend_on_one_another(tiny: Any) -> None:
 
 def test_a_cut_row_counts_what_it_lost(tiny: Any) -> None:
     [row] = tokenize_rows(tiny, [[Segment("abc", False), Segment("defgh", True)]], [0])
-    short = cut(row, 5)
+    [short] = fit_row(row, 5, "cut_right", Leading((), None))
     assert (len(short), short.cut, short.num_labels) == (5, len(row) - 5, 2)
     assert short.input_ids.tolist() == row.input_ids.tolist()[:5]
-    assert cut(row, len(row)) is row
+    assert fit_row(row, len(row), "cut_right", Leading((), None))[0] is row
 
 
 def test_tokens_added_at_the_end_are_left_off(tiny_model: Path) -> None:

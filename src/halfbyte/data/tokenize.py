@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -169,20 +168,6 @@ def leading_ids(tokenizer: Any) -> list[int]:
         if whole[start : start + len(bare)] == bare:
             return list(whole[:start])
     return []
-
-
-def cut(row: TokenizedRow, max_length: int) -> TokenizedRow:
-    """``row`` without what is over ``max_length`` tokens, taken off on the right."""
-    over = len(row) - max_length
-    if over <= 0:
-        return row
-    return replace(
-        row,
-        # Copies, so that the tokens taken off do not stay in memory.
-        input_ids=row.input_ids[:max_length].copy(),
-        loss_mask=row.loss_mask[:max_length].copy(),
-        cut=row.cut + over,
-    )
 
 
 def leading_text(tokenizer: Any, text: str) -> str:
