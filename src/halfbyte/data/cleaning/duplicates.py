@@ -17,7 +17,7 @@ DIGEST = 16  # bytes: of a million million rows, two different ones share it by 
 def exact_duplicates(settings: ExactDuplicates, examples: Sequence[Example]) -> Iterator[Verdict]:
     """The first of rows that are the same stays. A question or answer that is empty is no copy.
 
-    Keeps 16 bytes of each row that differs.
+    Keeps a digest of each row that differs: about 200 bytes with what Python adds.
     """
     first: dict[bytes, int] = {}
     for index, example in enumerate(examples):
