@@ -35,8 +35,8 @@ def adapter_notes(
         )
     if mistaken:
         found.append(
-            f"It has adapters of layers beside the experts, named {', '.join(mistaken)}, which PEFT "
-            "takes for the experts' own in most such models and then leaves out: compare its "
+            f"It has adapters of layers beside the experts, named {', '.join(mistaken)}, which "
+            "PEFT takes for the experts' own in most such models and then leaves out: compare its "
             "answers with those of the run before you rely on what PEFT loads."
         )
     kinds = ["DoRA"] if lora.use_dora else []
