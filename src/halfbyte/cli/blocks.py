@@ -21,6 +21,7 @@ from halfbyte.cli.units import (
     value_text,
     visible,
 )
+from halfbyte.data.example import counted
 from halfbyte.events.types import (
     Audited,
     Checked,
@@ -113,8 +114,8 @@ def funnel_block(funnel: Funnel, *, cut: bool) -> Block:
             + (f": {step.changed:,} changed" if step.changed else "")
         )
         for row in step.examples:
-            source = f" of source {row.source + 1}" if row.source else ""
-            shown = Text(visible(f"  row {row.row + 1:,}{source}: {row.text}"), READ)
+            place = counted(row.row, row.source)
+            shown = Text(visible(f"  row {place}: {row.text}"), READ)
             if cut:
                 shown.no_wrap, shown.overflow = True, "ellipsis"
             lines.append(shown)

@@ -95,8 +95,9 @@ def _show(display: Display, look: Look, rows: int) -> None:
     from dataclasses import replace
 
     from halfbyte.cli.blocks import Block, row_text, sample_legend
-    from halfbyte.cli.data_blocks import counted, histogram_block, place
+    from halfbyte.cli.data_blocks import histogram_block, in_all
     from halfbyte.data.audit.sample import runs_of
+    from halfbyte.data.example import counted
 
     prepared = look.prepared
     display.block(Block("model", [look.recipe.model.name]))
@@ -111,13 +112,13 @@ def _show(display: Display, look: Look, rows: int) -> None:
         if number == 0:
             display.block(Block("rows", [sample_legend(colour=display.colour)]))
         text = row_text(runs_of(row.pieces), colour=display.colour)
-        display.block(Block(place(row.row, row.source), list(text.split("\n"))), "dim")
+        display.block(Block(f"row {counted(row.row, row.source)}", list(text.split("\n"))), "dim")
     display.line()
     for warning in prepared.warnings:
         display.block(Block("warning", [warning]), "bold yellow")
     for finding in reversed(prepared.findings):  # the gravest last, where one reads first
         display(finding)
-    display.block(Block("found", [counted(prepared.findings)]))
+    display.block(Block("found", [in_all(prepared.findings)]))
 
 
 def _write_files(

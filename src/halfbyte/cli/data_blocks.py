@@ -38,12 +38,7 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def place(row: int, source: int) -> str:
-    """Where a row stands, from 1."""
-    return f"row {row + 1:,}" + (f" of source {source + 1}" if source else "")
-
-
-def counted(findings: Sequence[Found]) -> str:
+def in_all(findings: Sequence[Found]) -> str:
     """``2 errors, 1 warning: a run would not begin``."""
     counts = [
         (sum(one.stops for one in findings), "error"),

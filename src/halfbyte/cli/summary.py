@@ -15,6 +15,7 @@ from rich.text import Text
 from halfbyte.cli.blocks import Block, check_text
 from halfbyte.cli.display import Display
 from halfbyte.cli.units import bytes_text, duration_text, shortened, visible
+from halfbyte.data.example import counted
 from halfbyte.events import read_events
 from halfbyte.events.types import (
     Answered,
@@ -150,8 +151,7 @@ def _show_answers(display: Display, events: list[Event], count: int) -> None:
     before = {(e.source, e.row): e for e in answers if e.when == "before"}
     after = [e for e in answers if e.when == "after" and (e.source, e.row) in before]
     for answer in after[:count]:
-        source = f" of source {answer.source + 1}" if answer.source else ""
-        asked = f"held-out row {answer.row + 1:,}{source}: "
+        asked = f"held-out row {counted(answer.row, answer.source)}: "
         question = _shown(answer.prompt)
         texts = (
             ("before", _shown(before[answer.source, answer.row].text)),

@@ -62,7 +62,7 @@ class Example:
     @property
     def at(self) -> str:
         """Which row it is, as people count: ``row 6``, ``row 6 of source 2``."""
-        return f"row {self.row + 1:,}" + (f" of source {self.source + 1}" if self.source else "")
+        return f"row {counted(self.row, self.source)}"
 
     @property
     def answer(self) -> str:
@@ -80,3 +80,8 @@ class Example:
             last = max((i for i, m in enumerate(self.messages) if m.role == "assistant"), default=0)
             parts += [message.content for message in self.messages[:last]]
         return "\n\n".join(parts)
+
+
+def counted(row: int, source: int) -> str:
+    """A row's number as people count, from 1: ``6``, or ``6 of source 2`` behind the first."""
+    return f"{row + 1:,}" + (f" of source {source + 1}" if source else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from halfbyte.data.example import counted
 from halfbyte.events.types import Funnel
 from halfbyte.report import figures
 from halfbyte.report.blocks import Block, Code, Heading, Paragraph, Table
@@ -52,7 +53,7 @@ def rows_shown(story: Story) -> list[Block]:
     rows = [
         (
             Code(step.name),
-            figures.count(row.row + 1) + (f" of source {row.source + 1}" if row.source else ""),
+            counted(row.row, row.source),
             row.text,
         )
         for step in story.funnel.filters

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from halfbyte.data.audit.lengths import Bin
 from halfbyte.data.audit.sample import Piece, RowAsTrained
+from halfbyte.data.example import counted
 from halfbyte.events.types import Audited, Choice, Found, Funnel
 from halfbyte.report import figures
 from halfbyte.report.blocks import (
@@ -163,14 +164,13 @@ def bin_label(one: Bin) -> str:
 
 def _row(row: RowAsTrained) -> Tokens:
     learned = sum(piece.learned for piece in row.pieces)
-    source = f" of source {row.source + 1}" if row.source else ""
     cut = f"; {row.cut:,} more were cut off" if row.cut else ""
     count = len(row.pieces)
     head, tail = row.pieces, []
     if count > MOST_TOKENS:
         head, tail = row.pieces[: MOST_TOKENS * 2 // 3], row.pieces[-MOST_TOKENS // 3 :]
     return Tokens(
-        title=f"Row {row.row + 1:,}{source}",
+        title=f"Row {counted(row.row, row.source)}",
         note=f"{figures.many(count, 'token')}, {learned:,} with loss{cut}",
         head=[_token(piece) for piece in head],
         left_out=count - len(head) - len(tail),

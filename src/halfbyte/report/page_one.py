@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from halfbyte.data.example import counted
 from halfbyte.report import figures
 from halfbyte.report.blocks import (
     Answers,
@@ -86,9 +87,8 @@ def _shown(answer: Answer, prompt: str, fit: Callable[[str], str]) -> Shown:
     def given(text: str | None) -> str:
         return "(not asked)" if text is None else fit(text) or "(empty)"
 
-    source = f" of source {answer.source + 1}" if answer.source else ""
     return Shown(
-        f"Held-out row {figures.count(answer.row + 1)}{source}",
+        f"Held-out row {counted(answer.row, answer.source)}",
         prompt or "(empty)",
         given(answer.before),
         given(answer.after),
