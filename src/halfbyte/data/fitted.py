@@ -72,10 +72,7 @@ class Fitted:
 
     def learned_of(self, rows: np.ndarray) -> np.ndarray:
         """The numbers of the pieces of ``rows`` that have a label, in that order, int64."""
-        counts = self.counts[rows]
-        # 0, 1, … within each row.
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        pieces = np.repeat(self.firsts[rows], counts) + within
+        pieces = in_runs(self.firsts[rows], self.counts[rows])
         return pieces[self.labels[pieces] > 0]
 
     def count(self, rows: np.ndarray) -> dict[str, int]:
@@ -98,6 +95,12 @@ class Fitted:
         one = self.counts[rows] == 1
         found[one] = self.cut[self.firsts[rows[one]]]
         return found
+
+
+def in_runs(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``counts[i]`` numbers from ``firsts[i]`` on, for each i one run after another; int64."""
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(firsts, counts) + within
 
 
 class Pieces(ByPlace[TokenizedRow]):

@@ -30,8 +30,7 @@ class Windows:
     def next(self) -> str:
         """The next character that is no space, which stays; empty at the end."""
         while True:
-            found = _SPACE.match(self._text, self._at)
-            at = found.end() if found else self._at
+            at = self._behind_space()
             if at < len(self._text) or self._ended:
                 return self._text[at : at + 1]
             self._read()
@@ -39,16 +38,14 @@ class Windows:
     def skip(self) -> None:
         """Go behind the next character that is no space."""
         self.next()
-        found = _SPACE.match(self._text, self._at)
-        self._at = (found.end() if found else self._at) + 1
+        self._at = self._behind_space() + 1
 
     def value(self) -> Any:
         """The next value; the place is then behind it."""
         decoder = json.JSONDecoder()
         self.next()
         while True:
-            found = _SPACE.match(self._text, self._at)
-            start = found.end() if found else self._at
+            start = self._behind_space()
             try:
                 value, end = decoder.raw_decode(self._text, start)
             except json.JSONDecodeError as error:
@@ -70,9 +67,8 @@ class Windows:
         self.next()
         while len(self._text) - self._at < NEAR_THE_END and not self._ended:
             self._read()  # what stands there is shown
-        found = _SPACE.match(self._text, self._at)
-        at = found.end() if found else self._at
-        return self._named(json.JSONDecodeError(message, self._text, at))
+        where = self._behind_space()
+        return self._named(json.JSONDecodeError(message, self._text, where))
 
     def rest(self) -> str:
         """All that follows the place."""
@@ -82,6 +78,11 @@ class Windows:
         """What the window holds from the place on."""
         self.next()
         return self._text[self._at :]
+
+    def _behind_space(self) -> int:
+        """The place without the spaces there, as far as the window goes."""
+        found = _SPACE.match(self._text, self._at)
+        return found.end() if found else self._at
 
     def _read(self) -> None:
         """A further window; of what lies before the place nothing stays."""

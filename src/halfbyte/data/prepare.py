@@ -18,7 +18,7 @@ from halfbyte.data.audit.subject import EMPTY_ANSWER, NOTHING_LEFT, Subject
 from halfbyte.data.cleaning.funnel import check_packages
 from halfbyte.data.cleaning.stages import CLEANING, clean_read, drop_overlap
 from halfbyte.data.example import Example
-from halfbyte.data.fitted import Fitted, Pieces, Shown
+from halfbyte.data.fitted import Fitted, Pieces, Shown, in_runs
 from halfbyte.data.long_rows import TOO_LONG, Leading
 from halfbyte.data.packing import LONG_ENOUGH, good_length
 from halfbyte.data.rendered import Parts, Rendered
@@ -209,9 +209,7 @@ def _rows_of(of_row: np.ndarray, places: np.ndarray) -> np.ndarray:
     ``of_row`` int64 [rows] is the place of each row's example and ascends.
     """
     begins, ends = (np.searchsorted(of_row, places, side) for side in ("left", "right"))
-    counts = ends - begins
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(begins, counts) + within
+    return in_runs(begins, ends - begins)
 
 
 def _dropped(
