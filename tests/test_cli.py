@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from halfbyte.cli.app import app
+from command_line import halfbyte
 from halfbyte.events import read_events
 from halfbyte.events.types import Evaluated, Interrupted, RunStarted, Step, TrainingStarted
 from halfbyte.recipe import Recipe
@@ -44,14 +43,6 @@ evaluation:
 """
 STEPS = 10  # 20 rows, 4 a step, twice
 WEIGHTS = "adapter/adapter_model.safetensors"
-
-
-def halfbyte(*words: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def files_in(folder: Path) -> set[str]:

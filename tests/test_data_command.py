@@ -12,23 +12,14 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
-from typer.testing import CliRunner, Result
 
 from audit_case import make_models
-from halfbyte.cli.app import app
+from command_line import halfbyte
 from halfbyte.data.prepare import prepare
 from halfbyte.recipe.load import load_recipe
 from page_reader import read_page
 
 BROKEN = Path(__file__).resolve().parent / "broken_data"
-
-
-def halfbyte(*words: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture(scope="module")
