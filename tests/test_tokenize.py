@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from halfbyte.data.batch import Segment
 from halfbyte.data.long_rows import Leading, fit_row
 from halfbyte.data.prepare import prepare
-from halfbyte.data.tokenize import leading_ids, tokenize_rows
+from halfbyte.data.tokenize import leading_ids, tokenize_rows, tokenized
 from halfbyte.errors import DataError
 from halfbyte.recipe import Recipe
 from llama_tokenizer import llama_tokenizer
@@ -124,12 +124,15 @@ def test_a_token_across_a_border_belongs_to_the_later_segment(tiny: Any) -> None
     assert back.loss_mask.tolist()[-1] is False
 
 
-def test_progress_is_told_of_each_chunk(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_come_in_chunks(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfbyte.data.tokenize.ROWS_AT_ONCE", 4)
-    told: list[tuple[int, int]] = []
     rows = [[Segment(f"It is {n}", True)] for n in range(10)]
-    tokenize_rows(tiny, rows, range(10), lambda done, of: told.append((done, of)))
-    assert told == [(4, 10), (8, 10)]
+    chunks = list(tokenized(tiny, zip(rows, range(10), strict=True)))
+    assert [[row.row for row in chunk] for chunk in chunks] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
 
 
 def test_a_tokenizer_saved_with_truncation_and_padding_does_neither(tiny_model: Path) -> None:

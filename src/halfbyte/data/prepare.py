@@ -79,7 +79,7 @@ def prepare(
     ``model_max_length`` is in tokens. Rows are held out after those with nothing to learn are
     dropped and the maximum length is known, so that the effective recipe, with both numbers
     stated, gives the same rows. The audit looks at some rows for what takes time, at all of them
-    where it is ``thorough``; ``progress`` is :func:`tokenize_rows`'s. Raises DataError for whatever
+    where it is ``thorough``; ``progress`` is :func:`token_rows`'s. Raises DataError for whatever
     is wrong with the data, also where no row is left to train; errors among the findings are the
     caller's to refuse.
     """

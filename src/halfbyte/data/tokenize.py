@@ -28,22 +28,13 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def tokenize_rows(
-    tokenizer: Any,
-    rows: Sequence[Sequence[Segment]],
-    numbers: Sequence[int],
-    progress: Progress | None = None,
+    tokenizer: Any, rows: Sequence[Sequence[Segment]], numbers: Sequence[int]
 ) -> list[TokenizedRow]:
     """One TokenizedRow for each of ``rows``, uncut; ``numbers`` are theirs in the source.
 
-    ``progress`` hears how many of how many rows are done, now and then. For the rest see
-    :func:`tokenized`.
+    For the rest see :func:`tokenized`.
     """
-    found: list[TokenizedRow] = []
-    for chunk in tokenized(tokenizer, zip(rows, numbers, strict=True)):
-        found += chunk
-        if progress is not None and len(chunk) == ROWS_AT_ONCE:
-            progress(len(found), len(rows))
-    return found
+    return list(chain.from_iterable(tokenized(tokenizer, zip(rows, numbers, strict=True))))
 
 
 def tokenized(
