@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "halfbyte"
 # docs/design.md says what lives in each; generate and evaluate know nothing of each other, nor do
 # export and report.
 ROOMS = [
+    ["redaction"],
     ["errors", "user_cache"],
     ["recipe"],
     ["events"],

@@ -5,9 +5,16 @@ prints the sentence and exits with code 2; from Python it is an ordinary excepti
 is not a ``HalfbyteError`` is a defect of halfbyte and keeps its traceback.
 """
 
+from typing import Any
+
+from halfbyte.redaction import redact
+
 
 class HalfbyteError(Exception):
-    """Something the user can mend; ``str(error)`` is the one sentence to show."""
+    """Something the user can mend; ``str(error)`` is the one sentence to show, without secrets."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class RecipeError(HalfbyteError):

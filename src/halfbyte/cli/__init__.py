@@ -9,6 +9,9 @@ def main() -> None:
     # PyTorch's library warns of each of its switches that it calls experimental. It reads this
     # when it is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from halfbyte.cli.tracebacks import hide_secrets, print_error
+
+    hide_secrets()
     from halfbyte.cli.app import app
 
     for stream in (sys.stdout, sys.stderr):
@@ -16,4 +19,8 @@ def main() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-    app(prog_name="halfbyte")
+    try:
+        app(prog_name="halfbyte")
+    except Exception as error:  # a defect; typer's own hook would print it with what is secret
+        print_error(type(error), error, error.__traceback__)
+        sys.exit(1)

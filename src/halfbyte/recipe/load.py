@@ -12,6 +12,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.recipe.names import check_names
 from halfbyte.recipe.overrides import apply_override
 from halfbyte.recipe.schema import RecipeFields
+from halfbyte.recipe.secret_values import find_secret, secret_found
 from halfbyte.recipe.settings import item_sections, sections, settings
 from halfbyte.recipe.wrong_item import item_path, wrong_item
 from halfbyte.recipe.wrong_value import wrong_value
@@ -80,9 +81,14 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _validated(tree: Tree, name: str) -> Recipe:
     try:
-        return Recipe.model_validate(tree.values)
+        recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
+    else:
+        secret = find_secret(recipe)
+        if secret is not None:
+            raise RecipeError(f"{tree.place(secret) or name}: {secret_found(secret)}")
+        return recipe
     # A group in a list is an item that somebody wrote: what it lacks is wrong with it.
     wrong = [p for p in problems if p["type"] != "missing" or item_path(_path(tree, p))]
     if not wrong:

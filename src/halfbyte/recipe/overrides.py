@@ -8,6 +8,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.recipe.names import unknown_key
 from halfbyte.recipe.settings import join, names_in, sections, settings
 from halfbyte.recipe.yaml_tree import Path, Tree, read_tree
+from halfbyte.redaction import redact
 
 
 def apply_override(tree: Tree, override: str) -> None:
@@ -17,7 +18,8 @@ def apply_override(tree: Tree, override: str) -> None:
     """
     key, equals, text = override.partition("=")
     key = key.strip()
-    place = f"--set {override if len(override) <= 80 else override[:77] + '…'}"
+    shown = redact(override)  # a secret that is cut is no longer seen as one
+    place = f"--set {shown if len(shown) <= 80 else shown[:77] + '…'}"
     if not equals or not key:
         raise RecipeError(f"{place} is not of the form section.key=value.")
     if key in sections():

@@ -9,6 +9,7 @@ from typing import Any
 from halfbyte.recipe.foreign import VALUES
 from halfbyte.recipe.settings import Setting, item_sections, sections, settings, wanted
 from halfbyte.recipe.yaml_tree import Path, dotted
+from halfbyte.redaction import redact
 
 _NUMBER = re.compile(r"\s*[-+]?(\d[\d_,]*\.?\d*|\.\d+)([eE][-+]?\d+)?\s*\Z")
 _YES, _NO = ("yes", "on", "y", "1"), ("no", "off", "n", "0")
@@ -44,6 +45,7 @@ def shown(value: Any) -> str:
         case bool():
             return str(value).lower()
         case str():
+            value = redact(value)  # before it is cut, or it is no longer seen as a secret
             return f'"{value if len(value) <= 40 else value[:37] + "…"}"'
         case list():
             return "an empty list" if not value else "a list"

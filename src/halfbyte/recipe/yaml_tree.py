@@ -20,6 +20,7 @@ from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
 from halfbyte.errors import RecipeError
+from halfbyte.redaction import redact
 
 Path = tuple[str | int, ...]
 
@@ -229,4 +230,5 @@ def dotted(path: Path) -> str:
 
 
 def _short(text: str) -> str:
+    text = redact(text)
     return repr(text if len(text) <= 40 else text[:37] + "…")

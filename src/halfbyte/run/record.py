@@ -9,6 +9,7 @@ from pathlib import Path
 
 from halfbyte.events import Emit, EventLog, Record
 from halfbyte.events.types import Event, Phase, PhaseProgress, PhaseStarted
+from halfbyte.redaction import redact_all
 
 TOLD_EVERY = 0.1  # seconds
 
@@ -31,6 +32,7 @@ class RunRecord:
         return self._log is not None
 
     def __call__(self, event: Event) -> None:
+        event = redact_all(event)
         if self._log is None:
             self._waiting.append(Record(time.time(), event))
             self.tell(event)

@@ -1,0 +1,181 @@
+"""Secrets stay in the environment: no record, page, sentence or traceback repeats them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import ModelError, RecipeError
+from halfbyte.events.types import Funnel, RunStarted, Step
+from halfbyte.recipe.load import parse_recipe
+from halfbyte.redaction import HIDDEN, redact, redact_all, remember
+
+# Made up, in the forms in which they are issued.
+TOKEN = "hf_" + "aB3dE5gH" * 4 + "xy"
+FORMS = [
+    TOKEN,
+    "ghp_" + "a1B2c3D4" * 5,
+    "github_pat_" + "11ABCDEFG0" * 5,
+    "sk-proj-" + "a1B2c3D4" * 6,
+    "AKIA" + "ABCDEFGH12345678",
+    "xoxb-123456789012-abcdefABCDEF",
+    "wandb_v1_" + "a1B2c3D4" * 4,
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijklmnop",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No secret of whoever runs the tests takes part."""
+    for name in [n for n in os.environ if any(w in n for w in ("TOKEN", "KEY", "PASS", "SECRET"))]:
+        if name != "TOKENIZERS_PARALLELISM":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.mark.parametrize("token", FORMS)
+def test_a_token_is_known_by_its_form(token: str) -> None:
+    for around in ("{}", "--set data.path={}", "401 for '{}'.", '{{"token": "{}"}}', "at/{}/x"):
+        assert redact(around.format(token)) == around.format(HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("GET https://ann:pa@ss-word@host.org/x failed", "ss-word"),
+        ("https://hooks.slack.com/services/T012/B345/abcDEF answered 404", "T012"),
+        ("POST https://discord.com/api/webhooks/123/abc-DEF_", "abc-DEF_"),
+        ("https://cdn.org/w.bin?X-Amz-Signature=a1b2&x=1", "a1b2"),
+        ("{'Authorization': 'Basic YW5uOnBhc3M='}", "YW5uOnBhc3M"),
+        ("headers: authorization: Bearer abcdefghi", "abcdefghi"),
+    ],
+)
+def test_what_stands_in_urls_and_headers_is_hidden(text: str, secret: str) -> None:
+    assert secret in text
+    assert secret not in redact(text)
+    assert redact(text).split()[0] == text.split()[0] or text.startswith(("{", "https"))
+
+
+def test_ordinary_texts_stay_as_they_are() -> None:
+    for text in (
+        "Basic knowledge of the bearer token; a password is asked for.",
+        "eos_token=<|im_end|> pad_token=<pad> https://huggingface.co/a/b?revision=main",
+        "sk-learn-experiments/run-2024, task-1234567890123456789012, ann@example.org",
+        "sha256 " + "0a" * 32,
+    ):
+        assert redact(text) == text
+
+
+def test_values_of_the_environment_are_hidden_however_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    password = 'o"ther\\pass/word'
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    for written in (password, json.dumps(password), repr(password), "o%22ther%5Cpass%2Fword"):
+        shown = redact(f"<{written}>")
+        assert HIDDEN in shown
+        assert "ther" not in shown
+    # A variable of any name may hold a URL with a password: a proxy, a tracking server.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:geheimnis@mlflow.example.org")
+    assert redact("wrong password geheimnis") == f"wrong password {HIDDEN}"
+    # Switches, short values and names of files are no secrets.
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    assert redact(f"1 {tmp_path}") == f"1 {tmp_path}"
+
+
+def test_what_the_hub_client_and_netrc_keep_is_hidden(tmp_path: Path) -> None:
+    Path(os.environ["HF_TOKEN_PATH"]).write_text("an-old-token-without-form\n")
+    Path(os.environ["NETRC"]).write_text("machine api.wandb.ai login user password 0123456789abcd")
+    assert redact("an-old-token-without-form, 0123456789abcd") == f"{HIDDEN}, {HIDDEN}"
+
+
+def test_a_remembered_url_is_hidden_with_its_path() -> None:
+    remember("https://chat.example.org/in/9d8f7a6b5c?room=blue42")
+    said = "Max retries exceeded with url: /in/9d8f7a6b5c?room=blue42 (https://chat.example.org)"
+    assert redact(said) == (f"Max retries exceeded with url: {HIDDEN} (https://chat.example.org)")
+
+
+def test_events_are_redacted_all_through_and_steps_not_touched() -> None:
+    started = RunStarted("1", ["halfbyte", "train", "--set", f"title={TOKEN}"], f"runs/{TOKEN}")
+    hidden = redact_all(started)
+    assert hidden.command[-1] == f"title={HIDDEN}"
+    assert TOKEN not in str(hidden)
+    filters = {"name": TOKEN, "settings": "", "rows_in": 1, "dropped": 1, "changed": 0}
+    shown = [{"row": 1, "text": f"my {TOKEN}"}]
+    funnel = redact_all(Funnel(1, 0, [{**filters, "examples": shown}]))  # type: ignore[list-item]
+    assert TOKEN not in str(funnel)
+    assert funnel.filters[0].examples[0].text == f"my {HIDDEN}"
+    step = Step(1, 0.1, 2.0, 1e-3, 1.0, 10, 10, 0.1, 100)
+    assert redact_all(step) is step
+
+
+def test_errors_say_nothing_secret() -> None:
+    assert TOKEN not in str(ModelError(f"the hub refused {TOKEN}."))
+    assert TOKEN not in repr(ModelError(f"the hub refused {TOKEN}."))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "place"),
+    [
+        (f"model: {{name: x}}\ndata:\n  path: {TOKEN}\n", [], "r.yaml, line 3: data.path"),
+        ("model: {name: x}\ndata: {path: y}", [f"title={TOKEN}"], "--set title=[hidden]: title"),
+        ("model: {name: 'https://a:secret99@h/m'}\ndata: {path: y}", [], "line 1: model.name"),
+        # Cut to fit the sentence, a token would no longer look like one.
+        ("model: {name: x}\ndata: {path: y}", [f"seed={TOKEN}{TOKEN}"], "--set seed=[hidden]"),
+        (f"model: {{name: x}}\ndata: {{path: y}}\nseed: {'q' * 20}{TOKEN}", [], "line 3: seed"),
+        (f"model: {{name: x}}\ndata: {{path: y}}\n{TOKEN}: 3", [], "line 3"),
+    ],
+)
+def test_a_recipe_with_a_secret_is_refused_without_repeating_it(
+    text: str, overrides: list[str], place: str
+) -> None:
+    with pytest.raises(RecipeError) as raised:
+        parse_recipe(text, "r.yaml", overrides)
+    said = str(raised.value)
+    assert place in said
+    assert TOKEN[:16] not in said
+    assert "secret99" not in said
+
+
+def test_tracebacks_warnings_and_log_lines_of_a_command_are_redacted(tmp_path: Path) -> None:
+    """In a process of its own, as ``halfbyte`` starts: a defect, in a thread too."""
+    script = tmp_path / "defect.py"
+    script.write_text(
+        "import logging, threading, warnings, sys, os\n"
+        "import halfbyte.cli.data as broken\n"
+        "token = os.environ['HF_TOKEN']\n"
+        "def fail(*_, **__):\n"
+        "    warnings.warn(f'warned of {token}')\n"
+        "    logging.getLogger('x').warning('logged %s', token)\n"
+        "    def inner():\n"
+        "        raise ValueError(f'thread {token}')\n"
+        "    t = threading.Thread(target=inner); t.start(); t.join()\n"
+        "    try:\n"
+        "        raise OSError(f'first https://ann:{token}@host')\n"
+        "    except OSError as error:\n"
+        "        raise ValueError(f'then {token}') from error\n"
+        "import halfbyte.recipe.load as load\n"
+        "load.load_recipe = fail\n"
+        "sys.argv = ['halfbyte', 'data', 'x.yaml']\n"
+        "from halfbyte.cli import main\n"
+        "main()\n"
+    )
+    secret = "plainsecretwithoutform"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "HF_TOKEN": secret},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    for said in ("warned of", "logged", "ValueError: thread", "OSError: first", "ValueError: then"):
+        assert said in done.stderr
+    assert secret not in done.stdout + done.stderr
