@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +29,9 @@ class Record:
 class EventLog:
     """Appends events to ``events.jsonl``; each line is flushed as it is written.
 
-    Listeners (the terminal, a notebook) are called with each event after it is on its way to the
-    disk. Use it as a context manager or call ``close``.
+    Any thread may write: a line is written whole before the next one is. Listeners (the terminal, a
+    notebook) are called with each event after it is on its way to the disk. Use it as a context
+    manager or call ``close``.
     """
 
     def __init__(self, folder: Path, *, listeners: list[Emit] | None = None) -> None:
@@ -40,6 +42,8 @@ class EventLog:
         if torn:  # a process died while writing: end its line, the reader passes over it
             self._file.write("\n")
         self.listeners: list[Emit] = list(listeners or [])
+        # A signal's handler may come while its own thread writes, and must not wait for it.
+        self._one = threading.RLock()
 
     def __call__(self, event: Event) -> None:
         self.write(Record(time.time(), event))
@@ -49,8 +53,10 @@ class EventLog:
     def write(self, record: Record) -> None:
         """Append an event that happened at another time; no listener hears of it."""
         line = {"kind": record.event.kind, "time": round(record.time, 3), **_plain(record.event)}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        with self._one:
+            self._file.write(text)
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

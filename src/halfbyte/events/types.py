@@ -261,6 +261,7 @@ class TrainingStarted(Event):
     device: str
     precision: str
     packs: int | None = None  # that the rows are put into in an epoch
+    watched: bool = False  # what is noticed of the steps is recorded
 
 
 @dataclass(frozen=True)
@@ -277,8 +278,9 @@ class Step(Event):
     labels: int
     seconds: float
     memory_bytes: int  # peak of the device memory in use; resident memory of the process on a CPU
-    skipped: bool = False  # no update: the gradient was not finite
+    skipped: bool = False  # no update: the gradient was not finite, or the batch is left out
     reserved_bytes: int | None = None  # peak of what PyTorch had taken of a GPU's memory
+    left_out: bool = False  # a batch that a rollback leaves out: nothing was computed
 
 
 @dataclass(frozen=True)
@@ -385,6 +387,72 @@ class Diverged(Event):
     rows: list[int]  # numbers in the source, from 0, of the step's batches
     checkpoint: str | None = None  # the last good one, relative to the run folder
     sources: list[int] = field(default_factory=list)  # of each row, where there are several
+
+
+@dataclass(frozen=True)
+class Noticed(Event):
+    """Something that the watching of the steps noticed."""
+
+    kind: ClassVar[str] = "noticed"
+    name: str  # "loss_spike", as the recipe's section watch has it; docs/watching.md lists them
+    severity: str  # "error", "warning" or "note"
+    step: int
+    text: str  # what is so, a clause without its full stop
+    todo: str  # what to do about it, likewise
+    action: str = "say"  # what the recipe says to do: "say", "stop", "lower_rate" or "rollback"
+    rows: list[int] = field(default_factory=list)  # of the step's batch, numbers from 0
+    sources: list[int] = field(default_factory=list)  # of these rows; empty where there is one
+
+    @property
+    def sentence(self) -> str:
+        """What is so and what to do."""
+        return f"{self.text}; {self.todo}."
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """The batch of a step is left out from now on, and what came of it is undone.
+
+    What the record says of the steps after ``to`` is done again; nothing is where ``to`` is
+    ``step``, whose update was not made.
+    """
+
+    kind: ClassVar[str] = "rolled_back"
+    step: int  # whose batch is left out
+    to: int  # the step whose checkpoint the run goes on from; 0 is the start
+    why: str  # the name of what was noticed
+
+
+@dataclass(frozen=True)
+class RateLowered(Event):
+    """The learning rate of all steps from one on is multiplied."""
+
+    kind: ClassVar[str] = "rate_lowered"
+    step: int  # after which it was decided
+    first: int  # the first step with the lower rate
+    factor: float
+    why: str  # the name of what was noticed
+
+
+@dataclass(frozen=True)
+class StoppedEarly(Event):
+    """The held-out loss fell no more, so that the steps ended before the last one planned."""
+
+    kind: ClassVar[str] = "stopped_early"
+    step: int
+    patience: int  # evaluations in a row without a new lowest loss
+    best_step: int | None  # None where no loss was finite
+    best_loss: float | None
+
+
+@dataclass(frozen=True)
+class Heartbeat(Event):
+    """The process lives, although nothing else has been written for a while."""
+
+    kind: ClassVar[str] = "heartbeat"
+    doing: str  # "step 12", "evaluation", "save"
+    since: float  # seconds since the work last got further: a row read, a batch done, a step begun
+    cpu_seconds: float  # that the process has taken of the processor so far
 
 
 @dataclass(frozen=True)

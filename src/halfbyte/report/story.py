@@ -28,12 +28,17 @@ from halfbyte.events.types import (
     Finished,
     Found,
     Funnel,
+    Heartbeat,
     Interrupted,
     Kept,
     ModelLoaded,
+    Noticed,
     Phase,
+    RateLowered,
+    RolledBack,
     RunStarted,
     Step,
+    StoppedEarly,
     Technique,
     TrainingStarted,
     Warned,
@@ -41,6 +46,7 @@ from halfbyte.events.types import (
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
 from halfbyte.recipe.yaml_tree import read_tree
+from halfbyte.report.done_steps import DoneSteps
 
 E = TypeVar("E", bound=Event)
 
@@ -72,7 +78,8 @@ class Story:
     """One run as its records tell it.
 
     What a resumed process did again counts as done last: the steps, evaluations and checkpoints
-    after the checkpoint it went on from are those of the later process.
+    after the checkpoint it went on from are those of the later process. So it is with what a
+    process did again after it went back to a checkpoint by itself.
     """
 
     name: str  # the folder's own name
@@ -91,7 +98,7 @@ class Story:
     techniques: dict[str, Technique]
     plan: TrainingStarted | None
     steps: list[Step]  # by step
-    repeated_steps: int  # done again after a resume
+    repeated_steps: int  # done again after a resume, or after the run went back
     base: Evaluated | None
     quantized_base: Evaluated | None
     evaluations: list[Evaluated]  # of the adapter, by step
@@ -103,6 +110,10 @@ class Story:
     interrupted: Interrupted | None
     diverged: Diverged | None
     finished: Finished | None
+    noticed: list[Noticed] = field(default_factory=list)  # by step
+    rolled_back: list[RolledBack] = field(default_factory=list)  # in the order of time
+    rates_lowered: list[RateLowered] = field(default_factory=list)
+    stopped_early: StoppedEarly | None = None
     missing: list[str] = field(default_factory=list)  # files of the folder that were not there
 
     @property
@@ -181,7 +192,7 @@ def read_story(folder: Path) -> Story:
     if not (folder / EVENTS_FILE).is_file():
         what = "does not exist" if not folder.exists() else f"holds no run (no {EVENTS_FILE})"
         raise RunError(f"{folder} {what}; name the folder that halfbyte train printed.")
-    records = list(read_events(folder))
+    records = [r for r in read_events(folder) if not isinstance(r.event, Heartbeat)]
     if not records:
         raise RunError(
             f"{folder / EVENTS_FILE} holds no event that can be read; "
@@ -214,22 +225,10 @@ def _tell(
     records: list[Record], *, name: str, recipe: Recipe, asked: dict[str, Any], missing: list[str]
 ) -> Story:
     groups = _by_process(records)
-    steps: dict[int, Step] = {}
-    adapter: dict[int, Evaluated] = {}
-    checkpoints: dict[int, Checkpointed] = {}
-    repeated = 0
-    for group in groups:
-        events = [r.event for r in group]
-        start = next((e.resumed_from for e in _only(events, RunStarted)), None)
-        if start is not None:
-            repeated += sum(step > start for step in steps)
-            for done in (steps, adapter, checkpoints):
-                for step in [s for s in done if s > start]:
-                    del done[step]
-        steps |= {e.step: e for e in _only(events, Step)}
-        adapter |= {e.step: e for e in _only(events, Evaluated) if e.what == "adapter"}
-        checkpoints |= {e.step: e for e in _only(events, Checkpointed)}
     events = [r.event for r in records]
+    done = DoneSteps()
+    for event in events:
+        done.take(event)
     last = [r.event for r in groups[-1]]
     measured = {e.what: e for e in _only(events, Evaluated)}
     finished = _last(_only(events, Finished))
@@ -249,19 +248,23 @@ def _tell(
         model=_last(_only(events, ModelLoaded)),
         techniques={e.name: e for e in _only(events, Technique)},
         plan=_last(_only(events, TrainingStarted)),
-        steps=[steps[s] for s in sorted(steps)],
-        repeated_steps=repeated,
+        steps=done.steps,
+        repeated_steps=done.repeated,
         base=measured.get("base"),
         quantized_base=measured.get("quantized base"),
-        evaluations=[adapter[s] for s in sorted(adapter)],
+        evaluations=done.evaluations,
         answers=answers_of(_only(events, Answered)),
-        checkpoints=[checkpoints[s] for s in sorted(checkpoints)],
+        checkpoints=done.checkpoints,
         kept=_last(_only(last, Kept)),
         checks=list({e.name: e for e in _only(last, Checked)}.values()),
         artifacts=sorted({e.path: e for e in _only(last, Artifact)}.values(), key=_place),
         interrupted=None if finished else _last(_only(last, Interrupted)),
         diverged=None if finished else _last(_only(last, Diverged)),
         finished=finished,
+        noticed=done.noticed,
+        rolled_back=done.rolled_back,
+        rates_lowered=done.rates_lowered,
+        stopped_early=_last(_only(last, StoppedEarly)),
         missing=missing,
     )
 

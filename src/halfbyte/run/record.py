@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfbyte.events import Emit, EventLog, Record
-from halfbyte.events.types import Event, Phase, PhaseProgress, PhaseStarted
+from halfbyte.events.types import Event, Heartbeat, Phase, PhaseProgress, PhaseStarted
 from halfbyte.redaction import redact_all
+from halfbyte.run.heartbeat import EVERY, HeartbeatThread, Work
 
 TOLD_EVERY = 0.1  # seconds
 
@@ -19,13 +20,17 @@ class RunRecord:
 
     Whatever is wrong with a recipe, its data or its model shows before step 1; until then nothing
     is written, so that a run that never began leaves nothing behind. The events so far are
-    written, with their own times, when the folder is opened.
+    written, with their own times, when the folder is opened. From then on a sign of life is
+    written where nothing else is for half a minute; ``work`` keeps what it says.
     """
 
     def __init__(self, listeners: Sequence[Emit] = ()) -> None:
         self.listeners = list(listeners)
         self._waiting: list[Record] = []
         self._log: EventLog | None = None
+        self.work = Work()
+        self._written = time.monotonic()  # when an event last was
+        self._heartbeat: HeartbeatThread | None = None
 
     @property
     def opened(self) -> bool:
@@ -33,10 +38,12 @@ class RunRecord:
 
     def __call__(self, event: Event) -> None:
         event = redact_all(event)
+        self.work.mark()
         if self._log is None:
             self._waiting.append(Record(time.time(), event))
             self.tell(event)
         else:
+            self._written = time.monotonic()
             self._log(event)
 
     def tell(self, event: Event) -> None:
@@ -52,9 +59,29 @@ class RunRecord:
         self._waiting.clear()
         log.listeners = self.listeners
         self._log = log
+        self._written = time.monotonic()
+        self._heartbeat = HeartbeatThread(self.beat)
+
+    def beat(self) -> float:
+        """Write a sign of life if it is time for one; returns the seconds until it may be again.
+
+        No listener hears of it, since it is not their thread that it comes from.
+        """
+        left = self._written + EVERY - time.monotonic()
+        if self._log is None or left > 0:
+            return max(left, 0.1)
+        sign = Heartbeat(
+            self.work.doing, round(self.work.since(), 1), round(time.process_time(), 1)
+        )
+        with suppress(OSError, ValueError):  # a full disk is for the work to tell of; or it closed
+            self._log.write(Record(time.time(), sign))
+        self._written = time.monotonic()
+        return EVERY
 
     def close(self) -> None:
         """Close the file. What a full disk did not take has been told of when it was written."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if self._log is not None:
             with suppress(OSError):
                 self._log.close()
@@ -63,9 +90,12 @@ class RunRecord:
     def phase(self, name: str) -> Iterator[None]:
         """Tells that a phase begins, and emits how long the body took if it ended well."""
         self.tell(PhaseStarted(name))
+        before = self.work.doing
+        self.work.mark(name)
         began = time.perf_counter()
         yield
         self(Phase(name, time.perf_counter() - began))
+        self.work.mark(before)
 
     def progress(self, name: str, of: str) -> Callable[[int, int], None]:
         """What tells how many ``of`` how many are done in the phase ``name``, ten times a second
@@ -74,6 +104,7 @@ class RunRecord:
 
         def tell(done: int, total: int) -> None:
             nonlocal told
+            self.work.mark()
             if time.perf_counter() - told >= TOLD_EVERY:
                 self.tell(PhaseProgress(name, done, total, of))
                 told = time.perf_counter()
