@@ -30,6 +30,9 @@ from halfbyte.events.types import (
     Found,
     Funnel,
     ModelLoaded,
+    Noticed,
+    RolledBack,
+    StoppedEarly,
     TrainingStarted,
 )
 from halfbyte.recipe.learned import learned_words
@@ -94,6 +97,29 @@ def finding_block(found: Found) -> tuple[Block, str]:
         lines.append(f"row{'s' if found.count > 1 else ''} {', '.join(found.places)}{more}{colon}")
     lines += [Text(visible(f"  {example}"), READ) for example in found.examples]
     return Block(found.severity, lines), SEVERITY_STYLES.get(found.severity, "")
+
+
+def noticed_block(noticed: Noticed) -> tuple[Block, str]:
+    """What was noticed of a step, and the style of its label."""
+    todo = f"; {noticed.todo}" if noticed.action == "say" else ""
+    return Block(noticed.severity, [f"{noticed.text}{todo}."]), SEVERITY_STYLES[noticed.severity]
+
+
+def back_text(back: RolledBack) -> str:
+    """What a batch that is left out means for the run."""
+    if back.to == back.step:
+        return f"step {back.step:,} is left out; it made no update"
+    where = f"the checkpoint of step {back.to:,}" if back.to else "the start"
+    return f"back to {where}; step {back.step:,} will be passed over, its batch left out"
+
+
+def early_text(early: StoppedEarly) -> str:
+    """Why the run ends before its last step."""
+    times = "evaluation" if early.patience == 1 else f"{early.patience} evaluations in a row"
+    lowest = ""
+    if early.best_loss is not None:
+        lowest = f" (lowest {early.best_loss:.4f} after step {early.best_step:,})"
+    return f"ending early: {times} without a new lowest held-out loss{lowest}"
 
 
 def funnel_block(funnel: Funnel, *, cut: bool) -> Block:

@@ -21,12 +21,15 @@ from rich.text import Text
 from halfbyte.cli.blocks import (
     Block,
     audit_block,
+    back_text,
     check_text,
     choice_value,
+    early_text,
     evaluation_text,
     finding_block,
     funnel_block,
     model_block,
+    noticed_block,
     resolved_block,
     sample_text,
 )
@@ -47,12 +50,16 @@ from halfbyte.events.types import (
     Interrupted,
     Kept,
     ModelLoaded,
+    Noticed,
     Phase,
     PhaseProgress,
     PhaseStarted,
+    RateLowered,
+    RolledBack,
     RunStarted,
     Step,
     StopAsked,
+    StoppedEarly,
     TrainingStarted,
     Warned,
 )
@@ -127,6 +134,15 @@ class Display:
                 self._step(event)
             case Evaluated():
                 self._evaluated(event)
+            case Noticed() if event.action != "stop":  # that ends the command with this sentence
+                block, style = noticed_block(event)
+                self.block(block, style)
+            case RolledBack():
+                self._rolled_back(event)
+            case RateLowered(_, first, factor):
+                self.line(f"the learning rate is multiplied by {factor:g} from step {first:,} on")
+            case StoppedEarly():
+                self.line(early_text(event), "bold")
             case StopAsked():
                 self._stop_asked()
             case Checked():
@@ -199,13 +215,19 @@ class Display:
         if event.resumed_from is not None:
             self._done = event.resumed_from
             self.line(f"going on from the checkpoint of step {event.resumed_from:,}")
-            start = self._done - self._done % self.logging_steps
-            losses = {
-                record.event.step: record.event.loss
-                for record in read_events(Path(event.folder))
-                if isinstance(record.event, Step) and start < record.event.step <= self._done
-            }
-            self._earlier = list(losses.values())
+            self._earlier = self._losses_up_to(self._done)
+
+    def _losses_up_to(self, done: int) -> list[float]:
+        """Losses of the steps before ``done`` that the next logged loss is a mean of as well."""
+        start = done - done % self.logging_steps
+        losses = {
+            record.event.step: record.event.loss
+            for record in read_events(self.folder or Path())
+            if isinstance(record.event, Step)
+            and start < record.event.step <= done
+            and not record.event.left_out
+        }
+        return list(losses.values())
 
     def _begin_phase(self, name: str) -> None:
         self._phase, self._reached = name, ""
@@ -296,7 +318,8 @@ class Display:
         if meter is None:
             return
         meter.take(step)
-        if step.skipped and meter.started.precision == "fp16":  # elsewhere a warning follows
+        scaled = meter.started.precision == "fp16"
+        if step.skipped and scaled and not step.left_out:  # elsewhere a warning follows
             what = "its gradient overflowed fp16, so the loss scale is lowered"
             self.line(f"step {step.step:,} made no update: {what}", "yellow")
         if meter.is_logging_step:
@@ -311,6 +334,11 @@ class Display:
         if event.what == "quantized base":
             self._base_loss = event.loss
         self.line(evaluation_text(event, self._base_loss), "cyan")
+
+    def _rolled_back(self, event: RolledBack) -> None:
+        self.line(back_text(event), "bold")
+        if self.meter is not None and event.to < event.step:
+            self.meter.go_back(event.to, self._losses_up_to(event.to))
 
     def _stop_asked(self) -> None:
         # Called inside a signal handler: on a terminal the bar says it at its next refresh.

@@ -36,6 +36,11 @@ class Meter:
         """Losses of an earlier process that belong to the window of the next logged step."""
         self._window = list(losses)
 
+    def go_back(self, done: int, losses: list[float]) -> None:
+        """Steps after ``done`` are made again; ``losses`` as in ``seed``."""
+        self.done = done
+        self.seed(losses)
+
     def take(self, step: Step) -> None:
         """Count ``step``."""
         if not self._recent:  # evaluations before the first step tell nothing of the rest

@@ -22,6 +22,11 @@ def loss_alt(story: Story) -> str:
             f"; held-out loss of the adapter measured {figures.many(len(points), 'time')}, lowest "
             f"{figures.loss(lowest.loss)} at step {figures.count(lowest.step)}"
         )
+    noticed = sorted({e.step for e in story.noticed})
+    if noticed:
+        some = ", ".join(figures.count(step) for step in noticed[:5])
+        more = f" and {len(noticed) - 5} more" if len(noticed) > 5 else ""
+        text += f"; lines mark what was noticed at step{'s' * (len(noticed) > 1)} {some}{more}"
     for what, e in (("base", story.base), ("base in 4 bits", story.quantized_base)):
         if e is not None:
             text += f"; the {what} at {figures.loss(e.loss)}"

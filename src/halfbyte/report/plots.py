@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#1d2733", "#5b6875", "#e3e8ed"
 TRAIN, HELD_OUT, BASE, SECOND = "#1f5f8b", "#c2571a", "#6b7785", "#3f7d4e"
+NOTICED = "#b03a5b"
 COLOURS = (TRAIN, HELD_OUT, SECOND, "#7a4f9a", "#9a7b1f", "#b03a5b")
 
 _STYLE: dict[str, Any] = {
@@ -102,8 +103,9 @@ def prepare(axes: Axes, ylabel: str, xlabel: str = "") -> None:
 def _loss(figure: Figure, story: Story) -> None:
     axes = figure.add_subplot()
     prepare(axes, "loss (nats per token)", "step")
-    numbers = [s.step for s in story.steps]
-    losses = [s.loss for s in story.steps]
+    made = [s for s in story.steps if not s.left_out]
+    numbers = [s.step for s in made]
+    losses = [s.loss for s in made]
     window = min(story.recipe.training.logging_steps, len(losses))
     axes.plot(numbers, finite(losses), color=TRAIN, alpha=0.28, linewidth=0.9, label="each step")
     if window > 1:
@@ -149,6 +151,14 @@ def _loss(figure: Figure, story: Story) -> None:
             markeredgecolor=INK,
             markeredgewidth=1.3,
             label="the adapter that is kept",
+        )
+    for at, step in enumerate(sorted({e.step for e in story.noticed})):
+        axes.axvline(
+            step,
+            color=NOTICED,
+            linewidth=1.0,
+            linestyle=(0, (1, 2)),
+            label="noticed while it ran" if at == 0 else None,
         )
     axes.legend(loc="upper right", handlelength=1.8, labelspacing=0.35)
 

@@ -103,9 +103,12 @@ def _what_was_done(story: Story) -> str:
             passes = f" ({share} {'pass' if share == '1' else 'passes'} over them)"
         times = len(story.processes) - 1
         resumed = "" if not times else f", resumed {'once' if times == 1 else f'{times} times'}"
+        early = ""
+        if story.stopped_early is not None:
+            early = f", ended before step {planned} as the held-out loss fell no more"
         return (
             f"{story.model_name} was trained on {rows} for {figures.many(story.last_step, 'step')}"
-            f"{passes} in {figures.duration(story.working_seconds)}{resumed}."
+            f"{passes} in {figures.duration(story.working_seconds)}{resumed}{early}."
         )
     if story.interrupted is not None:
         return (

@@ -28,6 +28,7 @@ from halfbyte.report.page_one import is_cut, shown_in_full
 from halfbyte.report.story import Story
 from halfbyte.report.techniques import key_techniques
 from halfbyte.report.verdicts import epoch_means
+from halfbyte.report.watching import watching
 
 FRAMEWORKS = ("halfbyte", "torch", "transformers")
 TABLE_STEPS = 8
@@ -266,6 +267,7 @@ def _results(story: Story) -> list[Block]:
             )
         )
     blocks += _evaluations(story)
+    blocks += watching(story)
     if story.answers and is_cut(story):
         blocks += [
             Heading("Held-out prompts and answers in full"),

@@ -70,12 +70,15 @@ def epoch_means(story: Story) -> list[EpochMean]:
 
 def _all_steps(story: Story) -> Verdict:
     done, planned = story.last_step, story.planned_steps
-    gaps = planned - len(story.steps)
+    early = story.stopped_early
+    last = planned if early is None else early.step
+    gaps = last - len(story.steps)
+    ended = "finished early, as its recipe says" if early is not None else "finished"
     return Verdict(
         "every planned step was done and the run finished",
-        story.finished is not None and done == planned and gaps == 0 and planned > 0,
+        story.finished is not None and done == last and gaps == 0 and last > 0,
         f"{figures.count(len(story.steps))} of {figures.many(planned, 'step')} recorded; the run "
-        + ("finished" if story.finished else "did not finish"),
+        + (ended if story.finished else "did not finish"),
     )
 
 
@@ -89,14 +92,18 @@ def _finite(story: Story) -> Verdict:
     bad = [
         s.step
         for s in story.steps
-        if s.step == stopped_at or (not scaled if s.skipped else not math.isfinite(s.loss))
+        if s.step == stopped_at
+        or (not s.left_out and (not scaled if s.skipped else not math.isfinite(s.loss)))
     ]
-    skipped = sum(s.skipped for s in story.steps)
+    left_out = sum(s.left_out for s in story.steps)
+    skipped = sum(s.skipped for s in story.steps) - left_out
     detail = (
         f"not so at {_some_steps(bad)}" if bad else f"all {figures.many(len(story.steps), 'step')}"
     )
     if scaled and skipped:
         detail += f"; {figures.many(skipped, 'update')} left out while the loss scale was found"
+    if left_out:
+        detail += f"; {figures.many(left_out, 'batch', 'batches')} left out, as the recipe says"
     return Verdict(name, not bad, detail)
 
 

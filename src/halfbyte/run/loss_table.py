@@ -22,11 +22,15 @@ from halfbyte.events.types import (
     Found,
     Interrupted,
     Kept,
+    Noticed,
     Phase,
     PhaseStarted,
+    RateLowered,
+    RolledBack,
     RunStarted,
     Step,
     StopAsked,
+    StoppedEarly,
     TrainingStarted,
     Warned,
 )
@@ -90,6 +94,14 @@ class Losses:
                 return self._step(event)
             case Evaluated():
                 return self._evaluated(event)
+            case Noticed(severity=severity) if event.action != "stop":
+                return self._note(f"{severity}: {event.sentence}")
+            case RolledBack():
+                return self._rolled_back(event)
+            case RateLowered(_, first, factor):
+                return self._note(f"rate: multiplied by {factor:g} from step {first:,} on")
+            case StoppedEarly(step):
+                return self._note(f"ending early after step {step:,}: no new lowest held-out loss")
             case StopAsked():
                 self.status = "finishing this step, then saving a checkpoint"
                 return self.status
@@ -116,6 +128,13 @@ class Losses:
     def _note(self, text: str) -> str:
         self.notes.append(text)
         return text
+
+    def _rolled_back(self, event: RolledBack) -> str:
+        if event.to < event.step:
+            self.lines = [line for line in self.lines if line.step <= event.to]
+            self._window.clear()
+        back = "" if event.to == event.step else f"back to step {event.to:,}: "
+        return self._note(f"{back}the batch of step {event.step:,} is left out")
 
     def _step(self, step: Step) -> str | None:
         self.last = step
