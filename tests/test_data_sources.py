@@ -256,15 +256,29 @@ def test_a_hub_dataset_is_asked_for_without_its_code(
     import datasets
 
     asked: dict[str, Any] = {}
+    found = datasets.Dataset.from_list(ROWS)
+
+    class Builder:
+        name = "parquet"
+
+        def as_streaming_dataset(self, split: str) -> Any:
+            asked.update(split=split, streaming=True)
+            return found.to_iterable_dataset()
+
+        def download_and_prepare(self) -> None:
+            asked.update(streaming=False)
+
+        def as_dataset(self, split: str) -> Any:
+            asked.update(split=split)
+            return found
 
     def load(path: str, **more: Any) -> Any:
         asked.update(more, path=path)
-        found = datasets.Dataset.from_list(ROWS)
-        return found.to_iterable_dataset() if more["streaming"] else found
+        return Builder()
 
     reached = []
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda _, *a, **k: reached.append(a))
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     table = read("owner/some.rows", limit, split="test", subset="en", revision="v1")
     assert table.rows == ROWS[:limit]
     assert table.columns == ["instruction", "input", "output"]
@@ -277,6 +291,8 @@ def test_a_hub_dataset_is_asked_for_without_its_code(
         "revision": "v1",
         "streaming": limit is not None,
     }
+    Builder.name = "webdataset"
+    assert "is of the kind webdataset" in refused("owner/some.rows")
 
 
 def _hub_errors() -> list[tuple[Exception, str]]:
@@ -318,7 +334,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch, n
     def load(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     assert sentence in refused("o/n")
     # The same where the hub's client says so before.
@@ -333,7 +349,7 @@ def test_without_a_network_the_sentence_comes_at_once(monkeypatch: pytest.Monkey
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("tried although the hub was not reached")
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     # A port of this machine at which nothing listens.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")

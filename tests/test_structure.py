@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "halfbyte"
 # export and report.
 ROOMS = [
     ["redaction"],
-    ["errors", "user_cache"],
+    ["errors", "user_cache", "foreign_json"],
     ["recipe"],
     ["events"],
     ["data"],
@@ -27,6 +27,7 @@ ROOMS = [
     ["generate", "evaluate"],
     ["loop"],
     ["export", "report"],
+    ["trackers"],
     ["run"],
     ["cli"],
 ]

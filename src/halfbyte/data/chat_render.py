@@ -13,6 +13,7 @@ from typing import Any
 
 from halfbyte.data.example import Message
 from halfbyte.data.turns import Conversation
+from halfbyte.foreign_json import parse_json
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Words that no template writes by itself, to see what becomes of them.
@@ -259,7 +260,7 @@ def _call(call: Mapping[str, Any], place: str, style: CallStyle) -> dict[str, An
 def _object_in(text: str) -> Any:
     """The object that ``text`` is the JSON of, else the text."""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         return text
     return found if isinstance(found, dict) else text

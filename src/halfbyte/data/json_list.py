@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from halfbyte.foreign_json import require_shallow, too_deep
+
 WINDOW = 1 << 20  # characters
 # An error so many characters before the end of a window is none that reading on would mend.
 NEAR_THE_END = 64
@@ -48,6 +50,8 @@ class Windows:
             start = self._behind_space()
             try:
                 value, end = decoder.raw_decode(self._text, start)
+            except RecursionError:
+                raise too_deep() from None
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or (
                     error.pos >= len(self._text) - NEAR_THE_END
@@ -59,6 +63,7 @@ class Windows:
             if end == len(self._text) and not self._ended:  # a number may go on
                 self._read()
                 continue
+            require_shallow(value, self._text[start:end])
             self._at = end
             return value
 

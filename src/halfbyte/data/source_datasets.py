@@ -7,39 +7,69 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from halfbyte.data.source_arrow import add_arrow_rows
 from halfbyte.data.source_json import columns_of
 from halfbyte.data.table import SUFFIXES, CellStore, Table
 from halfbyte.errors import DataError
+from halfbyte.foreign_json import read_json
 from halfbyte.recipe.data_schema import SourceRecipe
 
 ROWS_AT_ONCE = 1024
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+# What `datasets` reads as tables; others, as its archives of samples, decode what lies in them.
+_KINDS = ("arrow", "csv", "json", "parquet", "text")
 
 
 def read_saved(path: Path, split: str, limit: int | None) -> Table:
     """The first ``limit`` rows of a folder made by ``save_to_disk``.
 
-    Of a folder with several splits the one named ``split`` is read.
+    Of a folder with several splits the one named ``split`` is read. Its Arrow files are read here,
+    not by `datasets`, and only those that lie in the folder itself.
     """
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        files = sorted(f.name for f in path.iterdir() if f.name.lower().endswith(SUFFIXES))
-        hint = f" (there is {', '.join(files[:3])})" if files else ""
+    if not any((path / name).is_file() for name in (_STATE, _SPLITS)):
+        there = sorted(f.name for f in path.iterdir() if f.name.lower().endswith(SUFFIXES))
+        hint = f" (there is {', '.join(there[:3])})" if there else ""
         raise DataError(
             f"{path} is a folder that `datasets` did not save; name the data file in it{hint}, or "
             f"several by a pattern such as {path / '*.jsonl'}."
         )
-    import datasets
-
     try:
-        saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read: {_first_line(error)}.") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise DataError(
-                f"{path} has no split {split}; data.split takes one of {', '.join(saved)}."
-            )
-        saved = saved[split]
-    return Table(list(saved.column_names), _rows(saved, limit), typed=True)
+        folder = _of_split(path, split)
+        files = [folder / _own_name(f["filename"]) for f in _state(folder)["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read as what `datasets` saves: {_first_line(error)}."
+        ) from error
+    rows = CellStore()
+    columns: dict[str, None] = {}
+    for file in files:
+        columns |= dict.fromkeys(add_arrow_rows(file, rows, limit))
+        if len(rows) == limit:
+            break
+    return Table(list(columns), rows, typed=True)
+
+
+def _of_split(path: Path, split: str) -> Path:
+    """The folder of the split, or ``path`` where it is that of rows without splits."""
+    if not (path / _SPLITS).is_file():
+        return path
+    splits = [_own_name(name) for name in read_json(path / _SPLITS)["splits"]]
+    if split not in splits:
+        raise DataError(
+            f"{path} has no split {split}; data.split takes one of {', '.join(splits)}."
+        )
+    return path / split
+
+
+def _state(folder: Path) -> Any:
+    return read_json(folder / _STATE)
+
+
+def _own_name(name: Any) -> str:
+    """``name`` if it is of something in the folder that names it, else ValueError."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"it names {name!r}, which is no file of its own folder")
+    return name
 
 
 def read_hub(source: SourceRecipe, limit: int | None) -> Table:
@@ -52,13 +82,19 @@ def read_hub(source: SourceRecipe, limit: int | None) -> Table:
 
     try:
         _require_reachable(source)
-        found = datasets.load_dataset(
-            source.path,
-            name=source.subset,
-            split=source.split,
-            revision=source.revision,
-            streaming=limit is not None,
+        builder = datasets.load_dataset_builder(
+            source.path, name=source.subset, revision=source.revision
         )
+        if builder.name not in _KINDS:
+            raise DataError(
+                f"the dataset {source.path} is of the kind {builder.name}, and hub datasets are "
+                f"read as {', '.join(_KINDS)}; convert it to Parquet or JSONL and give the file."
+            )
+        if limit is None:
+            builder.download_and_prepare()
+            found = builder.as_dataset(split=source.split)
+        else:
+            found = builder.as_streaming_dataset(split=source.split)
         rows = _rows(found, None) if limit is None else CellStore(islice(found, limit))
     except DataError:
         raise

@@ -11,6 +11,7 @@ from halfbyte.data.json_list import Windows, items
 from halfbyte.data.table import Cells, CellStore, Table
 from halfbyte.data.text_file import encoding_of, open_text, sha256_of
 from halfbyte.errors import DataError
+from halfbyte.foreign_json import parse_json
 
 
 def read_jsonl(path: Path, limit: int | None) -> Table:
@@ -22,7 +23,7 @@ def read_jsonl(path: Path, limit: int | None) -> Table:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: {_what(error, line)}.") from error
             if not isinstance(row, dict):
@@ -53,13 +54,15 @@ def read_json(path: Path, limit: int | None) -> Table:
                 return _read_list(path, windows, limit)
             if first == "{" and _begins_with_lines(windows.peek()):
                 return read_jsonl(path, limit)  # one object a line under the name .json
-            rows = _list_within(path, json.loads(windows.rest()))[:limit]
+            rows = _list_within(path, parse_json(windows.rest()))[:limit]
         except UnicodeDecodeError:
             raise _not_utf8(path, encoding) from None
         except json.JSONDecodeError as error:
             if error.msg == "Extra data" and first == "{":
                 return read_jsonl(path, limit)
             raise DataError(f"{path}, line {error.lineno}: {_what(error, error.doc)}.") from error
+        except ValueError as error:
+            raise DataError(f"{path}: {_what(error, '')}.") from error
     return Table(columns_of(rows), rows, sha256_of(path))
 
 
@@ -97,7 +100,7 @@ def _begins_with_lines(text: str) -> bool:
     """Whether the first line of ``text`` is a JSON value of its own, and something follows it."""
     line, _, more = text.strip().partition("\n")
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return bool(more.strip())

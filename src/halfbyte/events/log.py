@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from halfbyte.errors import RunError
 from halfbyte.events.types import EVENTS, Event
+from halfbyte.foreign_json import parse_json
 
 Emit = Callable[[Event], None]
 
@@ -31,11 +33,13 @@ class EventLog:
 
     Any thread may write: a line is written whole before the next one is. Listeners (the terminal, a
     notebook) are called with each event after it is on its way to the disk. Use it as a context
-    manager or call ``close``.
+    manager or call ``close``. Raises RunError where the file is a link.
     """
 
     def __init__(self, folder: Path, *, listeners: list[Emit] | None = None) -> None:
         path = folder / FILE_NAME
+        if path.is_symlink():  # in a folder of somebody else's it may lead to any file
+            raise RunError(f"{path} is a link to another file, which a run's record never is.")
         torn = _ends_mid_line(path)
         # Half a surrogate pair, which UTF-8 refuses and a row can hold, becomes JSON's escape.
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
@@ -82,7 +86,7 @@ def read_events(folder: Path) -> Iterator[Record]:
 
 def _parse(line: str) -> Record | None:
     try:
-        raw = json.loads(line)
+        raw = parse_json(line)
         event_type = EVENTS.get(raw["kind"])
         if event_type is None:
             return None

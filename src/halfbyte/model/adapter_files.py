@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ModelError
+from halfbyte.foreign_json import read_json
 from halfbyte.model.wording import reason
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _leaf(name: str) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError as error:
         raise ModelError(f"{folder} holds no adapter: {CONFIG} is missing.") from error
     except (OSError, ValueError) as error:

@@ -13,11 +13,12 @@ Codes and scales are taken as they are. What such a checkpoint holds in 16 bits 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ModelError
+from halfbyte.foreign_json import parse_json
 from halfbyte.kernels.nf4 import CODE_BOOK, SCALES_PER_BLOCK, block_count, code_count, dynamic_map
 from halfbyte.model.names import parameter_names
 from halfbyte.model.safetensors_files import SafetensorsFiles
@@ -72,9 +73,18 @@ class BnbCheckpoint:
         """Whether any tensor of ``files`` is in NF4."""
         return any(name.endswith(_STATE) for name in files.names())
 
+    @property
+    def file_bytes(self) -> int:
+        """How large the files are that hold the tensors."""
+        return self._files.file_bytes
+
     def names(self) -> list[str]:
         """All tensors but the scales, code books and settings of those in NF4."""
         return list(self._names)
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return self._files.files()
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Name in ``model`` (of transformers): name in the files; unknown ones keep theirs."""
@@ -132,7 +142,7 @@ class BnbCheckpoint:
 
     def _state(self, name: str) -> dict[str, Any]:
         try:
-            state = json.loads(bytes(self._part(name, _STATE).numpy()).decode())
+            state = parse_json(bytes(self._part(name, _STATE).numpy()).decode())
             wanted = {"blocksize", "shape"}
             if "nested_blocksize" in state:
                 wanted |= {"nested_offset"}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError
+from halfbyte.foreign_json import read_json, read_small
 from halfbyte.model.bnb_checkpoint import METHOD, quantization_method
+from halfbyte.model.plausible import require_plausible
 from halfbyte.model.wording import reason
+
+# Characters: the front matter of a model card is a page at most.
+_LONGEST_FRONT = 100_000
 
 
 def read_config(folder: Path, name: str) -> Any:
@@ -21,7 +25,7 @@ def read_config(folder: Path, name: str) -> Any:
     """
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} holds no config.json: name the folder of a transformers model, a GGUF file "
@@ -32,6 +36,7 @@ def read_config(folder: Path, name: str) -> Any:
     if not isinstance(raw, dict):
         raise ModelError(f"{path} is not a model's configuration: it holds no JSON object.")
     _require_known(raw, name)
+    require_plausible(raw, str(path))
 
     from transformers import AutoConfig
 
@@ -84,15 +89,15 @@ def read_licence(folder: Path) -> str | None:
     import yaml
 
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_small(folder / "README.md").decode("utf-8")
+    except (OSError, ValueError):
         return None
-    front = re.match(r"\A\s*---\s*\n(.*?)\n---\s*(\n|\Z)", text, re.DOTALL)
-    if front is None:
+    front = re.match(r"\A\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", text, re.DOTALL)
+    if front is None or len(front[1]) > _LONGEST_FRONT:
         return None
     try:
         fields = yaml.safe_load(front[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none is a ValueError
         return None
     if not isinstance(fields, dict):
         return None

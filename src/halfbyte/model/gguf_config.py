@@ -12,6 +12,8 @@ from typing import Any
 from halfbyte.errors import ModelError
 from halfbyte.model.gguf_file import GgufFile
 from halfbyte.model.names import GGUF_ROPE_FACTORS
+from halfbyte.model.plausible import require_layers, require_plausible
+from halfbyte.model.wording import reason
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -56,6 +58,7 @@ def gguf_config(file: GgufFile, name: str) -> Any:
         for theirs, ours in keys.items()
         if f"{kind}.{theirs}" in file.metadata
     }
+    require_plausible({key: _plain(value) for key, value in found.items()}, str(file.path))
     found.setdefault("vocab_size", file.lengths.get("tokenizer.ggml.tokens"))
     lost = [k for k in ("num_hidden_layers", "hidden_size", "vocab_size") if found.get(k) is None]
     if lost:
@@ -67,9 +70,23 @@ def gguf_config(file: GgufFile, name: str) -> Any:
     found["tie_word_embeddings"] = "output.weight" not in tensors
     if kind == "llama":
         found["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    theta = found.pop("rope_theta", 10000.0)
-    found["rope_parameters"] = _rope(file, name, float(theta), found)
-    return AutoConfig.for_model(kind, **found)
+    try:
+        theta = float(found.pop("rope_theta", 10000.0))
+        found["rope_parameters"] = _rope(file, name, theta, found)
+        config = AutoConfig.for_model(kind, **found)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a figure of a wrong kind leads to
+        raise ModelError(
+            f"the metadata of {file.path} are not a model's configuration: {reason(error)}."
+        ) from error
+    require_layers(config, len(tensors), name)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON would have it: numpy's numbers as Python's."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _rope(file: GgufFile, name: str, theta: float, config: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ stay resident one after the other until the whole file was.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ from halfbyte.model.wording import reason
 
 # Values dequantized at once, so that what is made on the way stays under 100 MB.
 _CHUNK = 1 << 22
+# Bytes of a text of the metadata; the longest are chat templates of some kilobytes.
+_LONGEST_TEXT = 16 << 20
+# What reading a damaged file comes to.
+_DAMAGED = (ValueError, LookupError, OSError, ArithmeticError, TypeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,13 @@ class _Header(gguf.GGUFReader):
     its length is wanted here.
     """
 
+    def _get_str(self, offset: int) -> tuple[Any, Any]:
+        """As the package's, but a text that is none is refused before it is read."""
+        length, text = self._get(offset, np.uint64), int(self._get(offset, np.uint64)[0])
+        if text > min(_LONGEST_TEXT, len(self.data) - offset - 8):
+            raise ValueError(f"it speaks of a text of {text:,} bytes")
+        return length, self._get(offset + 8, np.uint8, text)
+
     def _get_field_parts(
         self, orig_offs: int, raw_type: int
     ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
@@ -55,10 +67,14 @@ class _Header(gguf.GGUFReader):
             for _ in range(int(count[0])):
                 at += 8 + struct.unpack_from("=Q", raw, at)[0]
             return at - orig_offs, [item, count], [], types
+        if types[1] == GGUFValueType.ARRAY:
+            raise ValueError("it holds an array of arrays")
         numpy_type = self.gguf_scalar_to_np.get(types[1])
         if numpy_type is None:
-            return super()._get_field_parts(orig_offs, raw_type)
+            raise ValueError(f"it holds an array of {types[1].name}")
         values = self._get(at, numpy_type, int(count[0]))
+        if len(values) != int(count[0]):
+            raise ValueError(f"it speaks of an array of {int(count[0]):,} numbers")
         return at - orig_offs + int(values.nbytes), [item, count, values], [2], types
 
 
@@ -83,6 +99,8 @@ class GgufFile:
                 for key, f in fields.items()
                 if f.types and f.types[0] == GGUFValueType.ARRAY
             }
+            for t in header.tensors:
+                _require_whole(t.name, t.shape.tolist(), t.tensor_type, int(t.n_bytes))
             places = {
                 t.name: _Place(
                     int(t.data_offset),
@@ -94,7 +112,14 @@ class GgufFile:
             }
         except FileNotFoundError as error:
             raise ModelError(f"there is no model file {path}.") from error
-        except (ValueError, LookupError, OSError, OverflowError, struct.error) as error:
+        except (
+            ValueError,
+            LookupError,
+            OSError,
+            ArithmeticError,
+            TypeError,
+            struct.error,
+        ) as error:
             raise ModelError(
                 f"{path} is no whole GGUF file of this machine ({reason(error)}); get it again."
             ) from error
@@ -102,9 +127,18 @@ class GgufFile:
         self._places = places
         self.architecture = str(self.metadata.get("general.architecture"))
 
+    @property
+    def file_bytes(self) -> int:
+        """How large the file is."""
+        return self.path.stat().st_size
+
     def names(self) -> list[str]:
         """All tensors, as the file names them."""
         return list(self._places)
+
+    def files(self) -> list[Path]:
+        """The one file."""
+        return [self.path]
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Name in ``model`` (of transformers): name in the file; unknown ones keep theirs."""
@@ -128,6 +162,17 @@ class GgufFile:
                 heads = self.metadata.get("llama.attention.head_count_kv", heads)
             values = _halves_apart(values, int(heads))
         return values
+
+
+def _require_whole(name: str, shape: list[int], kind: GGMLQuantizationType, nbytes: int) -> None:
+    """Raise ValueError where the bytes of a tensor are not what its shape asks for.
+
+    The package multiplies the sizes in 64 bits, of which the lower ones stay.
+    """
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    values = math.prod(shape)
+    if not shape or values < 1 or shape[0] % block or values // block * block_bytes != nbytes:
+        raise ValueError(f"its tensor {name} is of the shape {shape}")
 
 
 def _dequantized(raw: np.ndarray, place: _Place, dtype: torch.dtype) -> Tensor:

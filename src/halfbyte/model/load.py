@@ -79,6 +79,7 @@ def load_base(
     _untie_what_differs(model, source)
     _require_complete(model, source)
     parameters = sum(p.numel() for p in model.parameters())
+    _require_likely(parameters, source)
     before = after = left_out = quantized = unreleased = 0
     mixtures = find_experts(model)
     counted = {} if hook is not None else {n: _matrices(m) for n, m in mixtures.items()}
@@ -129,6 +130,18 @@ def load_base(
     kept = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     other = left_out + sum(kept.values())
     return LoadedBase(model, parameters, before, after, other, quantized)
+
+
+def _require_likely(parameters: int, source: ModelSource) -> None:
+    """Memory is taken by the configuration's figures, so that they must fit the files' sizes.
+
+    The narrowest of GGUF's formats takes 1.56 bits for a parameter.
+    """
+    if parameters > 8 * source.checkpoint.file_bytes:
+        raise ModelError(
+            f"the configuration of {source.name} speaks of {parameters:,} parameters and its "
+            f"weights are {source.checkpoint.file_bytes:,} bytes: the two do not fit each other."
+        )
 
 
 def _matrices(module: Any) -> int:

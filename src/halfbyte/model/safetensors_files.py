@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ModelError
+from halfbyte.foreign_json import read_json
 from halfbyte.model.names import parameter_names
 from halfbyte.model.wording import reason, some
 
@@ -35,7 +35,7 @@ class SafetensorsFiles:
         Raises ModelError for a folder without safetensors, a missing shard, a damaged or cut off
         file, and an index that does not fit its files.
         """
-        if (folder / INDEX).exists():
+        if (folder / INDEX).is_file():
             wanted = _read_index(folder)
             there: dict[str, Path] = {}
             for shard in sorted(set(wanted.values())):
@@ -47,7 +47,7 @@ class SafetensorsFiles:
                     "get the model's files again."
                 )
             return cls(there)
-        if (folder / SINGLE).exists():
+        if (folder / SINGLE).is_file():
             path = folder / SINGLE
             return cls(dict.fromkeys(_header_names(path), path))
         others = sorted(folder.glob("*.safetensors"))
@@ -55,9 +55,18 @@ class SafetensorsFiles:
             return cls(dict.fromkeys(_header_names(others[0]), others[0]))
         raise ModelError(_why_none(folder))
 
+    @property
+    def file_bytes(self) -> int:
+        """How large the files are that hold the tensors."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
     def names(self) -> list[str]:
         """All tensors, as the files name them."""
         return list(self._files)
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._files.values()))
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Name in ``model`` (of transformers): name in the files; unknown ones keep theirs."""
@@ -94,6 +103,8 @@ class SafetensorsFiles:
 def _header_names(path: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}, a part of the model, is no regular file: get it again.")
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -109,7 +120,7 @@ def _header_names(path: Path) -> list[str]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX)["weight_map"]
         good = bool(weight_map) and all(
             isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
         )

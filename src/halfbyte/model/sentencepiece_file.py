@@ -8,11 +8,11 @@ the ids are SentencePiece's own; a test compares them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError
+from halfbyte.foreign_json import read_json, read_small
 
 FILE = "tokenizer.model"
 _FAMILIES = ("llama", "mistral")
@@ -76,13 +76,13 @@ def _settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     path = folder / "tokenizer_config.json"
     template = folder / "chat_template.jinja"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        raw = read_json(path) if path.exists() else {}
         settings = {key: raw[key] for key in _SETTINGS if raw.get(key) is not None}
         for key, value in settings.items():
             if isinstance(value, dict) and "content" in value:
                 settings[key] = value["content"]
         if template.exists():
-            settings["chat_template"] = template.read_text(encoding="utf-8")
+            settings["chat_template"] = read_small(template).decode("utf-8")
         added = {int(i): dict(token) for i, token in raw.get("added_tokens_decoder", {}).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} is not a tokenizer's configuration: get it again.") from error

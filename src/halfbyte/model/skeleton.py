@@ -11,6 +11,9 @@ from halfbyte.errors import ModelError
 from halfbyte.model.experts import find_experts
 from halfbyte.model.wording import reason
 
+# Bytes of rotary frequencies, masks and the like; models have megabytes of them.
+_MOST_COMPUTED = 8 << 30
+
 
 def build_skeleton(config: Any, name: str) -> Any:
     """The transformers causal LM of ``config``, every tensor on the meta device.
@@ -22,7 +25,8 @@ def build_skeleton(config: Any, name: str) -> Any:
 
     try:
         with torch.device("meta"):
-            # A copy, since transformers writes the type and the attention into the config.
+            # A copy, since transformers writes the type and the attention into the config; and one
+            # without the attention that the file names, which may be code on the hub.
             model = AutoModelForCausalLM.from_config(
                 type(config).from_dict(config.to_dict()), trust_remote_code=False
             )
@@ -51,6 +55,12 @@ def make_buffers(model: Any, device: str) -> None:
     which starts on the meta device too. Weights that are there already are left alone by it.
     """
     made = [name for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta]
+    size = sum(model.get_buffer(name).nbytes for name in made)
+    if size > _MOST_COMPUTED:
+        raise ModelError(
+            f"the configuration of {type(model).__name__} asks for {size:,} bytes of tables that "
+            "are computed, where no model has so many: it is not one of its weights."
+        )
     there = [*model.parameters(), *model.buffers()]
     for tensor in there:
         tensor._is_hf_initialized = True

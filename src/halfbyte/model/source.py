@@ -16,6 +16,7 @@ from halfbyte.model.hub import find_hub_model, looks_like_hub_name
 from halfbyte.model.names import expert_keys
 from halfbyte.model.new_tokens import NewTokens, add_tokens
 from halfbyte.model.package import PREFIX, package_gguf
+from halfbyte.model.plausible import require_layers
 from halfbyte.model.safetensors_files import SafetensorsFiles
 from halfbyte.model.skeleton import build_skeleton
 from halfbyte.model.tokenizer import load_gguf_tokenizer, load_tokenizer
@@ -33,7 +34,14 @@ class Checkpoint(Protocol):
 
     def names(self) -> list[str]: ...
 
+    def files(self) -> list[Path]: ...
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor: ...
+
+    @property
+    def file_bytes(self) -> int:
+        """How large the files are that hold the tensors."""
+        ...
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Name in ``model`` (of transformers): name in the files; unknown ones keep theirs."""
@@ -82,6 +90,12 @@ class ModelSource:
     def names(self) -> list[str]:
         """The original tensors by their transformers parameter names."""
         return [*self._names, *self._experts]
+
+    def files(self) -> list[Path]:
+        """The files that decide what the base model is: its weights, and its configuration."""
+        weights = self.checkpoint.files()
+        config = weights[0].parent / "config.json"
+        return [*weights, *([config] if self.format == "safetensors" else [])]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An original tensor by its transformers parameter name, on the CPU.
@@ -199,6 +213,7 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         return _open_gguf(ggufs[0], name)
     config = read_config(folder, name)
     files = SafetensorsFiles.of_folder(folder)
+    require_layers(config, len(files.names()), name)
     checkpoint = BnbCheckpoint(files) if BnbCheckpoint.is_one(files) else files
     tokenizer = load_tokenizer(folder, name, config.model_type)
     return ModelSource(

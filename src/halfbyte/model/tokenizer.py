@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError
+from halfbyte.foreign_json import read_json
 from halfbyte.model.sentencepiece_file import FILE, sentencepiece_tokenizer
 from halfbyte.model.wording import reason
 
@@ -20,6 +21,7 @@ def load_tokenizer(folder: Path, name: str, model_type: str) -> Any:
 
     if (folder / FILE).exists() and not (folder / "tokenizer.json").exists():
         return require_usable(sentencepiece_tokenizer(folder, name, model_type), name)
+    _require_fast_class(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, each about the files' content
@@ -39,13 +41,39 @@ def load_gguf_tokenizer(path: Path, name: str) -> Any:
     return require_usable(tokenizer, name)
 
 
+def _require_fast_class(folder: Path, name: str) -> None:
+    """Raise ModelError where the files ask for a tokenizer that is written in Python.
+
+    Some of those load dictionaries from wherever the files say, or start programs; none of them
+    could be used here, so that none is made.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    for file in ("tokenizer_config.json", "config.json"):
+        path = folder / file
+        try:
+            asked = read_json(path).get("tokenizer_class") if path.exists() else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{path} cannot be read as JSON: {reason(error)}.") from error
+        known = tokenizer_class_from_name(asked) if isinstance(asked, str) else None
+        if known is not None and not issubclass(known, PreTrainedTokenizerFast):
+            if known.__name__ == "PythonBackend":  # of which transformers makes a fast one
+                continue
+            raise _not_fast(name, f"is a {asked}")
+
+
+def _not_fast(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"the tokenizer of {name} gives no character offsets (it {why}, not a fast one), so labels "
+        "cannot be placed; add its tokenizer.json to the model's folder."
+    )
+
+
 def require_usable(tokenizer: Any, name: str) -> Any:
     """``tokenizer`` if rows can be made with it, else ModelError."""
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer of {name} gives no character offsets (it is not a fast one), so labels "
-            "cannot be placed; add its tokenizer.json to the model's folder."
-        )
+        raise _not_fast(name, f"is a {type(tokenizer).__name__}")
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {name} names no end-of-sequence token, so no answer could end; set "

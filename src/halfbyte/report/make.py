@@ -39,6 +39,8 @@ def make_report(folder: Path, *, pdf: bool = False) -> ReportFiles:
     for and there is no Chromium.
     """
     folder = Path(folder)
+    if (folder / "plots").is_symlink():  # in a folder of somebody else's it may lead anywhere
+        raise RunError(f"{folder / 'plots'} is a link to another folder; remove it.")
     story = read_story(folder)
     document = report_document(story)
     drawn = plots(story)

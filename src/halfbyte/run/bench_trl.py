@@ -32,6 +32,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     dtype = DTYPES[spec["precision"]]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         spec["model"],
+        trust_remote_code=False,
+        use_safetensors=True,
         dtype=dtype,
         device_map={"": spec["device"]},
         quantization_config=transformers.BitsAndBytesConfig(
@@ -63,7 +65,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
     trainer = trl.SFTTrainer(
         model=model,
-        processing_class=transformers.AutoTokenizer.from_pretrained(spec["model"]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(
+            spec["model"], trust_remote_code=False
+        ),
         train_dataset=datasets.Dataset.from_dict({"input_ids": spec["rows"]}),
         args=trl.SFTConfig(
             output_dir=spec["out"],

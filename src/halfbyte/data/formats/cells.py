@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from datetime import date, time
 from decimal import Decimal
 from typing import Any
+
+from halfbyte.foreign_json import parse_json
 
 
 class Unreadable(Exception):
@@ -61,8 +62,8 @@ def from_json(value: object) -> object:
     """A text that is a JSON list or object as that list or object; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return parse_json(value)
+        except ValueError:
             return value
     return value
 
