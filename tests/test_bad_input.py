@@ -255,8 +255,9 @@ def test_no_run_to_go_on_with(place: Path, command: list[str]) -> None:
 
 
 def test_resume_takes_no_other_recipe(place: Path) -> None:
-    told = refused(place, "train", "recipe.yaml", "--resume", "--set", "seed=1")
-    assert "leave out RECIPE.yaml, --set" in told
+    told = refused(place, "train", "recipe.yaml", "--resume", "--max-steps", "1")
+    assert "leave out RECIPE.yaml, --max-steps" in told
+    assert "give it with --resume" in refused(place, "train", "recipe.yaml", "--allow", "machine")
 
 
 def test_a_disk_that_is_too_full_to_begin(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +291,7 @@ def fill(disk: Path, leave: int) -> Path:
 def test_a_disk_that_fills_up_while_it_runs(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
+    import halfbyte.checkpoint.writer as writer
     import halfbyte.run.ending as ending
     import halfbyte.run.watch as watch
 
@@ -297,12 +299,12 @@ def test_a_disk_that_fills_up_while_it_runs(
     assert halfbyte(*words, "whole").code == 0
 
     filler: list[Path] = []
-    real_save, real_note, real_keep = watch.save_checkpoint, watch.Watch.note_step, ending._keep
+    real_save, real_note, real_keep = writer.save_checkpoint, watch.Watch.note_step, ending._keep
 
-    def save(folder, state, tensors):  # type: ignore[no-untyped-def]
-        if state.step == 3 and not filler:
+    def save(folder, snapshot):  # type: ignore[no-untyped-def]
+        if snapshot.state.step == 3 and not filler:
             filler.append(fill(small_disk, 4096))
-        return real_save(folder, state, tensors)
+        return real_save(folder, snapshot)
 
     def note(self, step):  # type: ignore[no-untyped-def]
         if step.number == 3 and not filler:
@@ -317,7 +319,7 @@ def test_a_disk_that_fills_up_while_it_runs(
         return real_keep(*args)
 
     if file == "checkpoint":
-        monkeypatch.setattr(watch, "save_checkpoint", save)
+        monkeypatch.setattr(writer, "save_checkpoint", save)
     elif file == "record":
         monkeypatch.setattr(watch.Watch, "note_step", note)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -326,13 +327,17 @@ def test_from_the_command_line_to_the_report(
 
 
 def test_a_run_goes_on_with_the_same_filters_and_no_others(tokenizer: Any, tmp_path: Path) -> None:
-    from halfbyte.run.fingerprint import fingerprint
+    from halfbyte.errors import RunError
+    from halfbyte.run.changes import changed_recipe
 
     path = write(tmp_path / "rows.jsonl", [asked(n) for n in range(8)])
 
-    def of(*cleaning: dict[str, Any]) -> str:
+    def of(*cleaning: dict[str, Any]) -> Recipe:
         data = {"path": path, "cleaning": list(cleaning)}
-        return fingerprint(Recipe.model_validate({"model": {"name": "m"}, "data": data}), [])
+        return Recipe.model_validate({"model": {"name": "m"}, "data": data})
 
-    assert of(LEAST) == of(dict(LEAST))
-    assert len({of(), of(LEAST), of(OVERLAP), of(LEAST, OVERLAP), of(OVERLAP, LEAST)}) == 5
+    assert changed_recipe(tmp_path, of(LEAST), of(dict(LEAST)), ()) == (of(LEAST), [])
+    ways = [of(), of(LEAST), of(OVERLAP), of(LEAST, OVERLAP), of(OVERLAP, LEAST)]
+    for one, other in combinations(ways, 2):
+        with pytest.raises(RunError, match=r"another recipe \(data.cleaning .*cannot change"):
+            changed_recipe(tmp_path, one, other, ())

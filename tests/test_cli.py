@@ -108,9 +108,10 @@ def test_train_from_a_recipe(place: Path) -> None:
     checkpoints = {
         f"checkpoints/step-{step}/{name}"
         for step in (5, 10)
-        for name in ("state.safetensors", "state.json")
+        for name in ("state.safetensors", "state.json", "manifest.json")
     }
     others = {"recipe.yaml", "recipe.asked.yaml", "strategy.json", "events.jsonl"}
+    checkpoints |= {f"checkpoints/step-{step}/{name}" for step in (5, 10) for name in others}
     others |= {"report.md", "report.html"}
     found = files_in(folder)
     plots = {name for name in found if name.startswith("plots/")}

@@ -38,6 +38,7 @@ APPENDICES = [
     "Learning rate and gradient norm",
     "Speed and memory over time",
     "SHA-256 of the artifacts",
+    "Parts of the run",
     "Versions",
     "Warnings and fallbacks",
     "Verdicts",
@@ -168,11 +169,11 @@ def test_sections_under_their_names_in_both_files(usual: ReportFiles) -> None:
         if token.type == "heading_open" and token.tag == "h2"
     ]
     numbered = [f"{i}. {name}" for i, name in enumerate(SECTIONS, 1)]
-    lettered = [f"Appendix {a}: {name}" for a, name in zip("ABCDEFGH", APPENDICES, strict=True)]
+    lettered = [f"Appendix {a}: {name}" for a, name in zip("ABCDEFGHI", APPENDICES, strict=True)]
     assert heads == [*PAGE_ONE, *numbered, *lettered]
     page = read_page(usual.html)
     marked = [f"{i} {n}" for i, n in enumerate(SECTIONS, 1)]
-    marked += [f"{a} {n}" for a, n in zip("ABCDEFGH", APPENDICES, strict=True)]
+    marked += [f"{a} {n}" for a, n in zip("ABCDEFGHI", APPENDICES, strict=True)]
     assert page.headings["h2"] == [*PAGE_ONE, "Contents", *marked]
     assert page.headings["h1"] == ["Harbour pilot answers with SmolLM2"]
 
@@ -369,7 +370,7 @@ def test_a_run_in_any_state_has_a_report(tmp_path: Path, options: dict[str, Any]
     assert page.lists[0] == [s.replace("\u00a0", " ") for s in five_sentences(story)]
     assert page.headings["h2"][6:14] == [f"{i} {name}" for i, name in enumerate(SECTIONS, 1)]
     markdown = MarkdownIt("commonmark").render(files.markdown.read_text())
-    assert markdown.count("<h2>") == len(PAGE_ONE) + 16
+    assert markdown.count("<h2>") == len(PAGE_ONE) + len(SECTIONS) + len(APPENDICES)
     drawn = [] if not story.steps else ["learning_rate.png", "loss.png", "speed.png"]
     assert sorted(path.name for path in files.plots) == drawn
     assert markdown.count("<img") == len(drawn)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from halfbyte import Recipe, Run, train
+from halfbyte.checkpoint.manifest import write_manifest
 from halfbyte.data.batch import Bucket
+from halfbyte.errors import RunError
 from halfbyte.events import read_events
 from halfbyte.events.types import Event, ModelLoaded, Step, Warned
 from halfbyte.kernels import lora_group_plain
@@ -19,6 +21,7 @@ from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN
 from halfbyte.plan.device import find_device
 from halfbyte.run.assembly import assemble
 from halfbyte.run.record import RunRecord
+from halfbyte.run.resume import open_resumed
 from halfbyte.run.strategy import (
     FILE_NAME,
     Strategy,
@@ -156,8 +159,12 @@ def test_a_run_resumed_elsewhere_writes_down_what_it_does_from_then_on(
     run = interrupted(tiny_model, tiny_rows, tmp_path / "run")
     written = read_strategy(run.folder)
     assert written is not None
-    replace(written, device="Tesla T4", copied_layers=0).write(run.folder)
-    train(resume=run.folder, runs=tmp_path)
+    elsewhere = replace(written, device="Tesla T4", copied_layers=0)
+    elsewhere.write(run.folder)
+    with pytest.raises(RunError, match=r"began on Tesla T4 .* bit for bit .*--allow machine"):
+        train(resume=run.folder, runs=tmp_path)
+    assert read_strategy(run.folder) == elsewhere
+    assert train(resume=run.folder, runs=tmp_path, allow=["machine"]).finished
     assert read_strategy(run.folder) == written
     warnings = [r.event.text for r in read_events(run.folder) if isinstance(r.event, Warned)]
     assert [text for text in warnings if text.startswith("this run began on Tesla T4")]
@@ -169,7 +176,15 @@ def test_a_run_whose_file_is_gone_says_so(
     run = interrupted(tiny_model, tiny_rows, tmp_path / "run")
     written = (run.folder / FILE_NAME).read_text()
     (run.folder / FILE_NAME).unlink()
+    checkpoint = run.folder / "checkpoints" / "step-2"
+    assert open_resumed(run.folder).strategy == read_strategy(checkpoint)
+    (checkpoint / FILE_NAME).write_text("{}")
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(RunError, match=r"strategy.json, how .* cannot be read, .*--allow machine"):
+        train(resume=run.folder, runs=tmp_path)
     told: list[Event] = []
-    train(resume=run.folder, runs=tmp_path, listeners=[told.append])
-    assert any("strategy.json cannot be read" in e.text for e in told if isinstance(e, Warned))
+    train(resume=run.folder, runs=tmp_path, allow=["machine"], listeners=[told.append])
+    warned = [event.text for event in told if isinstance(event, Warned)]
+    assert any("strategy.json, how steps are made, cannot be read" in text for text in warned)
     assert (run.folder / FILE_NAME).read_text() == written

@@ -1,1 +1,1 @@
-"""The whole state of a run, on disk."""
+"""The state of a run on disk: written whole, checked before it is read."""

@@ -1,98 +1,162 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints in a run folder: written, read, counted and removed.
 
-A checkpoint is a folder ``checkpoints/step-N`` with ``state.safetensors`` (adapter, optimizer,
-loss scaler) and ``state.json`` (the step and what led to it). Batches and dropout masks are
-functions of the step and the seed, so the step is all that the data's position needs. The folder
-is written under a temporary name, synced and renamed: one with the final name is whole.
+A checkpoint is a folder ``checkpoints/step-N`` which alone is enough to go on from:
+
+    state.safetensors    adapter, optimizer and loss scaler
+    best.safetensors     the adapter of the lowest held-out loss, where that is of another step
+    state.json           the step and what led to it (CheckpointState)
+    recipe.yaml, recipe.asked.yaml, strategy.json, initial_adapter/    as the run folder has them
+    events.jsonl         the record up to the step
+    manifest.json        bytes and SHA-256 of all these
+
+It is written under a temporary name, synced and renamed: one with its final name is whole, and one
+whose manifest does not agree was damaged later. A process that is killed leaves hidden folders
+behind, which the next one removes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from halfbyte.checkpoint.manifest import check_manifest, sync, write_manifest
+from halfbyte.checkpoint.state import CheckpointState
 from halfbyte.errors import RunError
 
-TENSORS, STATE = "state.safetensors", "state.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halfbyte.checkpoint.snapshot import Snapshot
+
+TENSORS, BEST, STATE = "state.safetensors", "best.safetensors", "state.json"
+EVENTS = "events.jsonl"
+ADAPTER = "adapter."  # how the names of the adapter's tensors begin
+_STEP = "step-"
 
 
-@dataclass(frozen=True)
-class CheckpointState:
-    """What is not a tensor."""
+def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write ``folder/step-N`` and return it; an older folder of that name is replaced.
 
-    step: int  # finished optimizer steps
-    held_out_loss: float | None  # at this step, where it was measured
-    best_step: int | None  # the step with the lowest held-out loss so far
-    best_loss: float | None
-    versions: dict[str, str]
-    device: str
-    fingerprint: str  # of what must be the same for the run to go on
-    skipped: int = 0  # of the finished steps, those that made no update
-
-
-def save_checkpoint(folder: Path, state: CheckpointState, tensors: dict[str, Tensor]) -> Path:
-    """Write ``folder/step-N`` and return it; an older folder of that name is replaced."""
-    from safetensors.torch import save_file
-
+    Raises OSError, or what safetensors makes of one, where it cannot be written; nothing of it is
+    left then.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{state.step}"
-    partial = folder / f".step-{state.step}.partial"
+    final = folder / f"{_STEP}{snapshot.state.step}"
+    partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     try:
-        save_file(plain, partial / TENSORS)
-        (partial / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        for path in (partial / TENSORS, partial / STATE, partial):
-            _sync(path)
+        _write(partial, snapshot)
+        write_manifest(partial)
+        remove_checkpoint(final)
+        partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint is of no use to anybody
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _sync(folder)
+    sync(folder)
     return final
+
+
+def _write(partial: Path, snapshot: Snapshot) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: t.clone() for name, t in snapshot.tensors.items()}, partial / TENSORS)
+    if snapshot.best is not None:
+        save_file({name: t.clone() for name, t in snapshot.best.items()}, partial / BEST)
+    state = replace(snapshot.state, hashes=snapshot.state.hashes | snapshot.weights())
+    text = json.dumps(state.plain(), indent=1) + "\n"
+    (partial / STATE).write_text(text, encoding="utf-8")
+    for name in snapshot.files:
+        path = snapshot.folder / name
+        if path.is_dir():
+            shutil.copytree(path, partial / name)
+        elif path.exists():
+            shutil.copyfile(path, partial / name)
+    with (snapshot.folder / EVENTS).open("rb") as record, (partial / EVENTS).open("wb") as copy:
+        left = snapshot.events_bytes
+        while left and (piece := record.read(min(left, 1 << 20))):
+            copy.write(piece)
+            left -= len(piece)
 
 
 def load_checkpoint(path: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
     """The state and the tensors (on the CPU) of a checkpoint folder.
 
-    Raises RunError where it is missing or damaged.
+    Raises RunError where it is missing, or not as its manifest says.
     """
+    check_manifest(path)
+    return read_state(path), _load_tensors(path / TENSORS)
+
+
+def load_best(path: Path, state: CheckpointState) -> dict[str, Tensor] | None:
+    """The adapter of the lowest held-out loss by then; None where none was measured.
+
+    Raises RunError as ``load_checkpoint`` does.
+    """
+    if state.best_step is None:
+        return None
+    at = path / (TENSORS if state.best_step == state.step else BEST)
+    return {name: t for name, t in _load_tensors(at).items() if name.startswith(ADAPTER)}
+
+
+def read_state(path: Path) -> CheckpointState:
+    """What the checkpoint in ``path`` holds beside its tensors. Raises RunError."""
+    try:
+        return CheckpointState.of_plain(json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        raw: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return CheckpointState(**raw), load_file(path / TENSORS)
-    except Exception as error:
-        raise RunError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); "
-            "remove that folder to go on from the one before it."
-        ) from error
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise _unreadable(path.parent, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); "
+        "remove that folder to go on from the one before it."
+    )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Finished checkpoints of ``folder``, the earliest first."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    found = [path for path in folder.glob(f"{_STEP}*") if path.is_dir() and _number(path) >= 0]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    digits = path.name.removeprefix(_STEP)
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else -1
 
 
 def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Remove all but the last ``keep_last`` checkpoints and the best one."""
     for path in checkpoints_in(folder)[:-keep_last]:
-        if int(path.name[5:]) != best_step:
+        if _number(path) != best_step:
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; under its own name it is there whole or not at all."""
+    if not path.exists():
+        return
+    going = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
+    path.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what a process that was killed had not finished writing or removing."""
+    for pattern in (f".{_STEP}*.partial", f".{_STEP}*.removed"):
+        for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -38,6 +38,7 @@ from halfbyte.cli.units import duration_text, rate_text, visible
 from halfbyte.events import read_events
 from halfbyte.events.types import (
     Audited,
+    Changed,
     Checked,
     Choice,
     Diverged,
@@ -149,6 +150,8 @@ class Display:
                 self.line(check_text(event), "green" if event.passed else "bold red")
             case Kept():
                 self._stop_bar()
+            case Changed():
+                self.line(f"changed: {event.key} {event.before} → {event.now}")
             case Finished() | Interrupted() | Diverged():
                 self._stop_bar()
                 self._begin_phase("report")
@@ -214,7 +217,10 @@ class Display:
         self.whole_line("run folder", event.folder)
         if event.resumed_from is not None:
             self._done = event.resumed_from
-            self.line(f"going on from the checkpoint of step {event.resumed_from:,}")
+            if event.resumed_from:
+                self.line(f"going on from the checkpoint of step {event.resumed_from:,}")
+            else:
+                self.line("no checkpoint was finished: beginning again at step 1")
             self._earlier = self._losses_up_to(self._done)
 
     def _losses_up_to(self, done: int) -> list[float]:

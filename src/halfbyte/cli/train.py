@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from halfbyte.run import Run
 
 LATEST = "runs/latest"
+AUTO = "auto"
 
 
 class Train(TyperCommand):
@@ -60,7 +61,19 @@ def train(
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="[DIR]", help="Go on with an interrupted run, or the latest one."),
+        typer.Option(
+            metavar="[DIR|auto]",
+            help="Go on with an interrupted run, or the latest one; auto with a recipe goes on "
+            "with its run, or begins one.",
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --resume: what may be another than when the run began, machine or a "
+            "setting. Repeatable.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run that --out holds.")
@@ -70,18 +83,27 @@ def train(
 
     Ctrl-C once finishes the step, saves a checkpoint and says how to go on.
     """
+    auto = resume is not None and str(resume) == AUTO
     if resume is not None:
         given = {
-            "RECIPE.yaml": recipe,
-            "--model": model,
-            "--data": data,
-            "--set": set_,
-            "--out": out,
-            "--max-steps": max_steps,
+            "RECIPE.yaml": recipe and not auto,
+            "--model": model and not auto,
+            "--data": data and not auto,
+            "--out": out and not auto,
+            "--max-steps": max_steps and not auto,
             "--dry-run": dry_run,
             "--overwrite": overwrite,
         }
-        _resume(resume, [name for name, value in given.items() if value])
+        refused = [name for name, value in given.items() if value]
+        if refused:
+            raise RunError(
+                f"--resume {resume} goes on with a run that was begun; leave out "
+                f"{', '.join(refused)}."
+            )
+    elif allow:
+        raise RunError("--allow is for a run that goes on; give it with --resume.")
+    if resume is not None and not auto:
+        _resume(resume, set_ or [], allow or [])
         return
     from halfbyte.cli.asked import asked_for
 
@@ -89,7 +111,14 @@ def train(
     if dry_run:
         _rehearse(asked, out, max_steps, overwrite)
         return
-    start(asked, out=out, max_steps=max_steps, overwrite=overwrite)
+    start(
+        asked,
+        out=out,
+        max_steps=max_steps,
+        overwrite=overwrite,
+        resume=AUTO if auto else None,
+        allow=allow or [],
+    )
 
 
 def start(
@@ -98,6 +127,8 @@ def start(
     out: Path | None,
     max_steps: int | None,
     overwrite: bool,
+    resume: str | None = None,
+    allow: Sequence[str] = (),
     answers: int = 1,
     hints: Sequence[str] = (),
 ) -> None:
@@ -119,6 +150,8 @@ def start(
             asked=asked.text,
             max_steps=max_steps,
             overwrite=overwrite,
+            resume=resume,
+            allow=allow,
             listeners=[display],
             command=_typed(),
             recipe_folder=asked.folder,
@@ -127,24 +160,29 @@ def start(
     _show(display, run, answers, hints)
 
 
-def _resume(folder: Path, given: list[str]) -> None:
-    if given:
-        raise RunError(
-            f"--resume goes on with the recipe of the run itself; leave out {', '.join(given)}."
-        )
+def _resume(folder: Path, overrides: Sequence[str], allow: Sequence[str]) -> None:
+    """Go on with the run of ``folder``; a setting that is given anew is allowed to change."""
     from halfbyte.cli.display import Display
     from halfbyte.cli.folders import run_folder
     from halfbyte.recipe.load import load_recipe
+    from halfbyte.run.changes import may_change
 
     folder = run_folder(folder if str(folder) != LATEST else None)
     effective = folder / "recipe.yaml"
-    steps = load_recipe(effective).training.logging_steps if effective.exists() else 10
-    display = Display(logging_steps=steps)
+    recipe = load_recipe(effective, overrides) if effective.exists() else None
+    named = [key for key in (text.split("=")[0].strip() for text in overrides) if may_change(key)]
+    display = Display(logging_steps=recipe.training.logging_steps if recipe else 10)
 
     def run() -> Run:
         with display.phase("libraries"):
             from halfbyte.run import train as run_training
-        return run_training(resume=folder, listeners=[display], command=_typed())
+        return run_training(
+            recipe if overrides else None,
+            resume=folder,
+            allow=[*allow, *named],
+            listeners=[display],
+            command=_typed(),
+        )
 
     _show(display, run)
 
@@ -153,18 +191,20 @@ def _show(
     display: Display, run: Callable[[], Run], answers: int = 1, hints: Sequence[str] = ()
 ) -> None:
     from halfbyte.cli.summary import show_finished, show_interrupted, show_stopped_at_once
+    from halfbyte.run.interrupt import exit_code
 
     try:
         done = run()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
         display.close()
         show_stopped_at_once(display, display.folder)
-        raise typer.Exit(STOPPED) from None
+        code = stopped.code if isinstance(stopped, SystemExit) else STOPPED
+        raise typer.Exit(int(code or 0)) from None
     finally:
         display.close()
     if done.interrupted:
         show_interrupted(display, done)
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(exit_code(done.signal))
     show_finished(display, done, answers=answers, hints=hints)
 
 

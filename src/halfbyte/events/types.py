@@ -26,7 +26,9 @@ class RunStarted(Event):
     version: str  # of halfbyte
     command: list[str]  # as typed
     folder: str  # the run folder, as it was given or made
-    resumed_from: int | None = None  # the step of the checkpoint
+    resumed_from: int | None = None  # the step of the checkpoint; 0 if there was none yet
+    run_id: str = ""  # drawn when the run began
+    machine: str = ""  # tells machines apart, and says nothing of them
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ class Choice(Event):
     asked: Any  # what the recipe says: "auto", or a value
     value: Any  # what is done
     reason: str
+
+
+@dataclass(frozen=True)
+class Changed(Event):
+    """A setting that is another one since the run went on, as somebody allowed by name."""
+
+    kind: ClassVar[str] = "changed"
+    key: str
+    before: str
+    now: str
 
 
 @dataclass(frozen=True)
@@ -319,6 +331,18 @@ class Checkpointed(Event):
     step: int
     path: str  # relative to the run folder
     held_out_loss: float | None = None
+    seconds: float = 0.0  # that writing it took, beside the steps
+    stood_still: float = 0.0  # that the steps waited for it to be copied aside
+
+
+@dataclass(frozen=True)
+class Mirrored(Event):
+    """A checkpoint (without ``step`` what the run made) is whole in the mirror."""
+
+    kind: ClassVar[str] = "mirrored"
+    step: int | None
+    where: str
+    seconds: float
 
 
 @dataclass(frozen=True)

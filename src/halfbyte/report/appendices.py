@@ -17,6 +17,7 @@ from halfbyte.report.blocks import (
     Verbatim,
 )
 from halfbyte.report.cleaning import rows_shown
+from halfbyte.report.parts import parts
 from halfbyte.report.settings import settings
 from halfbyte.report.story import Story
 from halfbyte.report.verdicts import verdicts
@@ -29,6 +30,7 @@ def appendices(story: Story) -> list[Section]:
         Section("Learning rate and gradient norm", "rates", _rates(story)),
         Section("Speed and memory over time", "speed", _speed(story)),
         Section("SHA-256 of the artifacts", "digests", _digests(story)),
+        Section("Parts of the run", "parts", parts(story)),
         Section("Versions", "versions", _versions(story)),
         Section("Warnings and fallbacks", "warnings", _warnings(story)),
         Section("Verdicts", "verdicts", _verdicts(story)),

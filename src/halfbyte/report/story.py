@@ -16,6 +16,7 @@ from halfbyte.events.types import (
     Answered,
     Artifact,
     Audited,
+    Changed,
     Checked,
     Checkpointed,
     Choice,
@@ -59,6 +60,9 @@ class Process:
     begin: float  # unix seconds of its first event
     end: float  # and of its last
     energy: Energy | None
+    device: str = ""
+    last_step: int = 0  # that it did
+    ended: str = ""  # how, in words
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Story:
     rolled_back: list[RolledBack] = field(default_factory=list)  # in the order of time
     rates_lowered: list[RateLowered] = field(default_factory=list)
     stopped_early: StoppedEarly | None = None
+    changed: list[Changed] = field(default_factory=list)  # settings, since it was begun
     missing: list[str] = field(default_factory=list)  # files of the folder that were not there
 
     @property
@@ -264,6 +269,7 @@ def _tell(
         noticed=done.noticed,
         rolled_back=done.rolled_back,
         rates_lowered=done.rates_lowered,
+        changed=_only(events, Changed),
         stopped_early=_last(_only(last, StoppedEarly)),
         missing=missing,
     )
@@ -285,7 +291,30 @@ def _by_process(records: list[Record]) -> list[list[Record]]:
 def _process(group: list[Record]) -> Process:
     events = [r.event for r in group]
     started = next(iter(_only(events, RunStarted)), RunStarted("unknown", [], ""))
-    return Process(started, group[0].time, group[-1].time, _last(_only(events, Energy)))
+    environment = _last(_only(events, Environment))
+    return Process(
+        started,
+        group[0].time,
+        group[-1].time,
+        _last(_only(events, Energy)),
+        device="" if environment is None else environment.gpu or environment.cpu,
+        last_step=max((e.step for e in _only(events, Step)), default=0),
+        ended=_ended(events),
+    )
+
+
+def _ended(events: list[Event]) -> str:
+    for event in reversed(events):
+        match event:
+            case Finished():
+                return "finished"
+            case Interrupted():
+                return f"stopped by {event.signal} after step {event.step:,}"
+            case Diverged():
+                return f"diverged at step {event.step:,}"
+            case _:
+                pass
+    return "without a word: killed, or its machine was lost"
 
 
 def answers_of(events: list[Answered]) -> list[Answer]:

@@ -14,19 +14,25 @@ from halfbyte.data.batching import Batches
 from halfbyte.data.packing import Packs
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.source import is_here
+from halfbyte.errors import RunError
 from halfbyte.events.types import Audited, Event, PhaseProgress, Warned
 from halfbyte.model.source import ModelSource, context_length, open_model
+from halfbyte.model.weight_hashes import WeightHashes
 from halfbyte.plan.buckets import batch_sizes, choose_buckets
 from halfbyte.plan.device import Device, environment_event, find_device
 from halfbyte.plan.resolve import Resolved, resolve
 from halfbyte.recipe import Recipe
-from halfbyte.run.fingerprint import fingerprint
+from halfbyte.run.fingerprint import data_hashes
 from halfbyte.run.record import RunRecord
 from halfbyte.run.strategy import Strategy
 
 # What making one more graph costs: a step run eagerly, and one more recorded.
 CAPTURE_SECONDS = 0.15
 DECIDED_ANEW = "how steps are made is decided anew, and sums may be rounded in other ways"
+NOT_THE_SAME = (
+    "the rest would not be bit for bit what it would have been; --allow machine goes on all the "
+    "same"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Assembly:
     resolved: Resolved
     earlier: Strategy | None = None  # how the run made its steps before it was interrupted
     packs: Packs | None = None  # of the rows that train, where the recipe packs them
+    run_id: str = ""
 
     @cached_property
     def batches(self) -> Batches:
@@ -73,9 +80,14 @@ class Assembly:
         )
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Of what must be the same for the run to go on; made once, since it reads every row."""
-        return fingerprint(self.recipe, self.data.train)
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of rows and data files; made once, since it reads every row."""
+        return data_hashes(self.data)
+
+    @cached_property
+    def weights(self) -> WeightHashes:
+        """The hashes of the base model's files; asked for first, they begin to be made."""
+        return WeightHashes(self.source.files())
 
 
 def assemble(
@@ -85,6 +97,8 @@ def assemble(
     recipe_folder: Path | None = None,
     tell: bool = True,
     earlier: Strategy | None = None,
+    only_here: bool = False,
+    run_id: str = "",
 ) -> Assembly:
     """Find the device, open the model, prepare the rows and decide what was left open.
 
@@ -92,7 +106,7 @@ def assemble(
     ``recipe_folder``; the effective recipe has them as they were found, so that a run can be
     resumed and asked from where it was made. ``tell=False`` leaves the choices unsaid, for a run
     that goes on with choices made before; steps are then made as ``earlier`` says, unless the
-    machine or the software is another one.
+    machine or the software is another one, which with ``only_here`` raises RunError.
     """
     asked_path, recipe = recipe.data.name, located_recipe(recipe, recipe_folder)
     device = find_device(recipe.device)
@@ -130,6 +144,8 @@ def assemble(
                 recomputed_layers=earlier.recomputed_layers,
                 copied_layers=earlier.copied_layers,
             )
+        elif only_here:
+            raise RunError(f"{reason}, so {NOT_THE_SAME}.")
         else:
             emit(Warned(f"{reason}: {DECIDED_ANEW}"))
             earlier = None
@@ -145,7 +161,7 @@ def assemble(
         for text in [*data.warnings, *resolved.warnings]:
             emit(Warned(text))
         refuse_errors(asked_path, data.findings)
-    return Assembly(resolved.recipe, source, data, device, resolved, earlier, packs)
+    return Assembly(resolved.recipe, source, data, device, resolved, earlier, packs, run_id)
 
 
 def located_recipe(recipe: Recipe, folder: Path | None) -> Recipe:

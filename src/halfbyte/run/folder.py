@@ -14,7 +14,7 @@ from pathlib import Path
 from halfbyte.errors import RunError
 from halfbyte.events import read_events
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
-from halfbyte.events.types import Finished
+from halfbyte.events.types import Finished, RunStarted
 
 LATEST = "latest"
 
@@ -32,6 +32,10 @@ CONTENTS = (
     "report.html",
     "report.pdf",
 )
+
+
+# What of these a checkpoint holds too, so that it alone is enough to go on from.
+GOES_ON_WITH = ("recipe.yaml", "recipe.asked.yaml", "strategy.json", "initial_adapter")
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,18 @@ def claim_folder(out: Path | None, runs: Path, recipe_name: str, *, overwrite: b
         if not overwrite:
             refuse_if_taken(out)
         return _make(out, exist_ok=True)
-    slug = re.sub(r"[^A-Za-z0-9._]+", "-", recipe_name).strip("-.") or "run"
     n = 1
     while True:
         try:
-            folder = runs / f"{slug}-{date.today().isoformat()}-{n}"
+            folder = runs / f"{folder_name(recipe_name)}-{date.today().isoformat()}-{n}"
             return _make(folder, exist_ok=False)
         except FileExistsError:
             n += 1
+
+
+def folder_name(recipe_name: str) -> str:
+    """How the name of a run folder begins, for a recipe of any name."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", recipe_name).strip("-.") or "run"
 
 
 def _make(folder: Path, *, exist_ok: bool) -> Claimed:
@@ -109,9 +117,20 @@ def _next_free(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-{n}")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` by another name first: whoever reads it finds old or new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def is_finished(folder: Path) -> bool:
-    """Whether the run of ``folder`` did its last step and saved its adapter."""
-    return any(isinstance(record.event, Finished) for record in read_events(folder))
+    """Whether the last process of ``folder``'s run did its last step and saved its adapter."""
+    finished = False
+    for record in read_events(folder):
+        if isinstance(record.event, RunStarted | Finished):
+            finished = isinstance(record.event, Finished)
+    return finished
 
 
 def clear_folder(folder: Path) -> None:

@@ -16,15 +16,16 @@ class Run:
     folder: Path
     interrupted: bool
     step: int  # the last one finished
+    signal: str = ""  # that interrupted it
 
     @classmethod
-    def make(cls, folder: Path, *, interrupted: bool) -> Run:
+    def make(cls, folder: Path, *, interrupted: bool, signal: str = "") -> Run:
         """Write the report of ``folder`` and describe it."""
         from halfbyte.report import make_report
 
         make_report(folder)
         steps = [r.event.step for r in read_events(folder) if isinstance(r.event, Step)]
-        return cls(folder, interrupted, max(steps, default=0))
+        return cls(folder, interrupted, max(steps, default=0), signal)
 
     @property
     def finished(self) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.files import ADAPTER
+from halfbyte.checkpoint.snapshot import copy_to_host
 from halfbyte.data.batch import Batch, Bucket
 from halfbyte.engine.capture import CapturedStep
 from halfbyte.engine.products import (
@@ -80,7 +82,7 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, by name; views, not copies."""
         return {
-            **{f"adapter.{n}": p.detach() for n, p in self.model.lora_parameters().items()},
+            **{f"{ADAPTER}{n}": p.detach() for n, p in self.model.lora_parameters().items()},
             **{f"optimizer.{n}": t for n, t in self.optimizer.state_tensors().items()},
             **self.scaler.state_tensors(),
         }
@@ -95,13 +97,13 @@ class Trainer:
         self.scaler.load_state_tensors(state)
 
     def adapter(self) -> dict[str, Tensor]:
-        """A copy of the adapter's weights, named as in ``state``."""
-        return {n: t.clone() for n, t in self.state().items() if n.startswith("adapter.")}
+        """A copy of the adapter's weights in main memory, named as in ``state``."""
+        return copy_to_host({n: t for n, t in self.state().items() if n.startswith(ADAPTER)})
 
     @torch.no_grad()
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         for name, parameter in self.model.lora_parameters().items():
-            parameter.copy_(state[f"adapter.{name}"])
+            parameter.copy_(state[f"{ADAPTER}{name}"])
         self.model.adapter_changed()
 
 

@@ -16,10 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halfbyte.data.batch import Bucket
 from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN, Kernels
 from halfbyte.plan.device import Device
 from halfbyte.run.fingerprint import package_versions
+from halfbyte.run.folder import write_whole
 
 FILE_NAME = "strategy.json"
 
@@ -47,7 +50,8 @@ class Strategy:
         if device.name != self.device:
             return f"this run began on {self.device} and goes on on {device.name}"
         now = versions_here()
-        for name in sorted(self.versions.keys() | now.keys()):
+        names = sorted(self.versions.keys() | now.keys())
+        for name in [n for n in names if device.kind == "cpu" or not n.startswith("CPU ")]:
             was, is_now = self.versions.get(name, "absent"), now.get(name, "absent")
             if was != is_now:
                 return f"this run began with {name} {was} and goes on with {is_now}"
@@ -56,8 +60,7 @@ class Strategy:
         return None
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=1)
-        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / FILE_NAME, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_strategy(folder: Path) -> Strategy | None:
@@ -76,6 +79,9 @@ def versions_here() -> dict[str, str]:
     found = package_versions()
     with suppress(PackageNotFoundError):
         found["triton"] = version("triton")
+    # On a CPU the kernels of PyTorch that run, and how a sum is shared among its threads.
+    found["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
+    found["CPU threads"] = str(torch.get_num_threads())
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import halfbyte
 from halfbyte.errors import DivergenceError, HalfbyteError, RunError
 from halfbyte.events import Emit
 from halfbyte.events.types import (
+    Changed,
     Finished,
     Interrupted,
     RunStarted,
@@ -22,25 +24,28 @@ from halfbyte.events.types import (
     Warned,
 )
 from halfbyte.loop.steps import run_steps
+from halfbyte.plan.machine import machine_mark
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.write import dump_recipe
 from halfbyte.run.adapter_start import save_start
 from halfbyte.run.ahead import import_ahead, key_ahead
 from halfbyte.run.allocator import spare_memory
-from halfbyte.run.assembly import DECIDED_ANEW, Assembly, assemble, with_max_steps
+from halfbyte.run.assembly import NOT_THE_SAME, Assembly, assemble, with_max_steps
+from halfbyte.run.changes import MACHINE, require_known
 from halfbyte.run.determinism import deterministic
 from halfbyte.run.ending import end_run
 from halfbyte.run.folder import (
-    Claimed,
     check_space,
-    claim_folder,
     clear_folder,
     is_disk_full,
     point_latest,
+    write_whole,
 )
 from halfbyte.run.interrupt import StopRequest
 from halfbyte.run.kernel_trial import kernel_trial
+from halfbyte.run.lock import RunLock
 from halfbyte.run.outcome import Run
+from halfbyte.run.place import find_place
 from halfbyte.run.record import RunRecord
 from halfbyte.run.resume import Resumed, open_resumed
 from halfbyte.run.setup import Trainer, capture, load_model, make_trainer, strategy
@@ -61,6 +66,7 @@ def train(
     max_steps: int | None = None,
     overwrite: bool = False,
     resume: Path | str | None = None,
+    allow: Collection[str] = (),
     runs: Path | str = Path("runs"),
     listeners: Sequence[Emit] = (),
     command: list[str] | None = None,
@@ -72,80 +78,122 @@ def train(
     ``recipe_name`` and ``recipe_folder``, where relative paths are looked for after the working
     directory, are those of the file that a recipe was loaded from;
     ``asked`` the recipe's own text, kept beside the effective one; ``max_steps`` ends the run
-    earlier than the recipe does; ``resume`` goes on with an interrupted run's folder, and then
-    the recipe is the one in it. ``listeners`` are called with every event.
+    earlier than the recipe does. ``listeners`` are called with every event.
+
+    ``resume`` goes on with an interrupted run's folder, with the recipe in it unless one is given;
+    ``"auto"`` goes on with the run in ``out``, or the newest of that name, and begins one where
+    there is none. ``allow`` names what may be another than when the run began: ``"machine"``, or
+    settings such as ``"training.epochs"``.
 
     Raises a HalfbyteError, and leaves nothing behind, for whatever is wrong before step 1; raises
     DivergenceError, with the folder and its report as they are by then, where the loss or the
     adapter is no longer finite.
     """
     began = time.time()
+    require_known(allow)
     record = RunRecord(listeners)
     runs = Path(runs)
-    resumed: Resumed | None = None
-    claimed: Claimed | None = None
-    if resume is not None:
-        resumed = open_resumed(Path(resume))
-        recipe, folder = resumed.recipe, resumed.folder
-    elif recipe is None:
+    if recipe is None and (resume is None or str(resume) == "auto"):
         raise RunError("there is no recipe to train; give one, or a run folder to resume.")
-    else:
+    if recipe is not None:
         if recipe.file is not None:
             recipe_name = recipe_name or recipe.file.stem
             recipe_folder = recipe_folder or recipe.file.parent
         recipe = with_max_steps(recipe, max_steps)
-        claimed = claim_folder(
-            None if out is None else Path(out), runs, recipe_name or "run", overwrite=overwrite
-        )
-        folder = claimed.folder
-    if recipe.memory_limit_gb is not None:
-        spare_memory()
-    try:
-        record(
-            RunStarted(
-                version=halfbyte.__version__,
-                command=command or ["halfbyte.train"],
-                folder=str(folder),
-                resumed_from=resumed.state.step if resumed else None,
-            )
-        )
-        if resumed is not None and resumed.strategy is None:
-            record(Warned(f"{folder / STRATEGY_FILE} cannot be read: {DECIDED_ANEW}"))
-        if torch.cuda.is_available():
-            key_ahead()
-        assembly = assemble(
+    with ExitStack() as held:
+        stop = held.enter_context(StopRequest(lambda name: record.tell(StopAsked(name))))
+        place = find_place(
             recipe,
-            record,
-            recipe_folder=recipe_folder,
-            tell=resumed is None,
-            earlier=resumed.strategy if resumed else None,
+            out=None if out is None else Path(out),
+            runs=runs,
+            recipe_name=recipe_name or "run",
+            overwrite=overwrite,
+            resume=resume,
+            allow=allow,
         )
-        with _same_bits(assembly), _own_stream(assembly):
-            trainer = _prepare(assembly, record, resumed)
-            check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
-            if resumed is None:
-                clear_folder(folder)
-                (folder / "recipe.yaml").write_text(dump_recipe(assembly.recipe), encoding="utf-8")
-                text = asked if asked is not None else dump_recipe(recipe)
-                (folder / "recipe.asked.yaml").write_text(text, encoding="utf-8")
-            if assembly.earlier is None:
-                strategy(assembly, trainer).write(folder)
-            if resumed is None:
-                save_start(folder, assembly, trainer.model)
-            record.open(folder)
-            point_latest(folder, runs)
-            return _run(assembly, trainer, record, folder, began, resumed)
-    except Exception as error:
-        if isinstance(error, HalfbyteError) or not is_disk_full(error):
-            raise
-        raise RunError(
-            f"the disk of {folder} is full; free some space"
-            + (f" and go on with halfbyte train --resume {folder}." if record.opened else ".")
-        ) from error
-    finally:
-        record.close()
-        if not record.opened and claimed is not None:
-            claimed.release()
+        folder = place.folder
+        if place.finished:
+            return Run.make(folder, interrupted=False)
+        claimed = place.claimed
+        if claimed is not None:
+            held.callback(lambda: None if record.opened else claimed.release())
+        held.enter_context(RunLock(folder, tell=lambda text: record(Warned(text))))
+        held.callback(record.close)
+        try:
+            resumed = None
+            if claimed is None:
+                resumed = open_resumed(folder, wanted=recipe, allow=allow)
+            chosen = recipe if resumed is None else resumed.recipe
+            assert chosen is not None
+            if chosen.memory_limit_gb is not None:
+                spare_memory()
+            run_id = resumed.run_id if resumed else secrets.token_hex(8)
+            record(
+                RunStarted(
+                    version=halfbyte.__version__,
+                    command=command or ["halfbyte.train"],
+                    folder=str(folder),
+                    resumed_from=resumed.step if resumed else None,
+                    run_id=run_id,
+                    machine=machine_mark(),
+                )
+            )
+            if resumed is not None:
+                _tell_of_resuming(resumed, record, allow)
+            if torch.cuda.is_available():
+                key_ahead()
+            assembly = assemble(
+                chosen,
+                record,
+                recipe_folder=recipe_folder,
+                tell=resumed is None,
+                earlier=resumed.strategy if resumed else None,
+                only_here=resumed is not None and resumed.step > 0 and MACHINE not in allow,
+                run_id=run_id,
+            )
+            if resumed is not None:
+                resumed.check_rows(assembly)
+            with _same_bits(assembly), _own_stream(assembly):
+                trainer = _prepare(assembly, record, resumed)
+                check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
+                _begin_folder(folder, assembly, trainer, resumed, asked or dump_recipe(chosen))
+                record.open(folder)
+                point_latest(folder, runs)
+                return _run(assembly, trainer, record, folder, began, resumed, stop)
+        except Exception as error:
+            if isinstance(error, HalfbyteError) or not is_disk_full(error):
+                raise
+            raise RunError(
+                f"the disk of {folder} is full; free some space"
+                + (f" and go on with halfbyte train --resume {folder}." if record.opened else ".")
+            ) from error
+
+
+def _tell_of_resuming(resumed: Resumed, record: RunRecord, allow: Collection[str]) -> None:
+    """What is not as it was. Raises RunError where it cannot be as it was, and none has agreed."""
+    for change in resumed.changes:
+        record(Changed(change.key, str(change.before), str(change.now)))
+    for sentence in resumed.damaged:
+        record(Warned(f"{sentence}; going on from step {resumed.step:,}"))
+    if resumed.point is not None and resumed.strategy is None:
+        missing = f"{resumed.folder / STRATEGY_FILE}, how steps are made, cannot be read"
+        if MACHINE not in allow:
+            raise RunError(f"{missing}, so {NOT_THE_SAME}.")
+        record(Warned(f"{missing}: it is decided anew, and sums may be rounded in other ways"))
+
+
+def _begin_folder(
+    folder: Path, assembly: Assembly, trainer: Trainer, resumed: Resumed | None, asked: str
+) -> None:
+    """Write what a run is made from into its folder; the record of what it does comes after."""
+    if resumed is None:
+        clear_folder(folder)
+        write_whole(folder / "recipe.asked.yaml", asked)
+    if resumed is None or resumed.point is None:
+        save_start(folder, assembly, trainer.model)
+    write_whole(folder / "recipe.yaml", dump_recipe(assembly.recipe))
+    if assembly.earlier is None:
+        strategy(assembly, trainer).write(folder)
 
 
 def _same_bits(assembly: Assembly) -> AbstractContextManager[Any]:
@@ -163,6 +211,7 @@ def _own_stream(assembly: Assembly) -> AbstractContextManager[Any]:
 
 def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> Trainer:
     """Everything in memory that step 1 (or the step after a checkpoint's) needs."""
+    assembly.weights  # noqa: B018 - begins to hash the files that are read now
     with kernel_trial(assembly, record) as trial, record.phase("quantize"):
         model, loaded = load_model(
             assembly.recipe,
@@ -173,13 +222,13 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
             record=record,
             earlier=assembly.earlier,
             trial=trial,
-            begun=None if resumed is None else resumed.folder,
+            begun=None if resumed is None else resumed.begun,
         )
     record(loaded)
     trainer = make_trainer(assembly, model)
-    if resumed is not None:
-        resumed.check(assembly)
-        trainer.load_state(resumed.tensors)
+    if resumed is not None and resumed.point is not None:
+        resumed.check_model(assembly)
+        trainer.load_state(resumed.point.tensors)
         with record.phase("warm-up"):
             return capture(assembly, trainer, record)
     with record.phase("warm-up"):
@@ -204,6 +253,7 @@ def _run(
     folder: Path,
     began: float,
     resumed: Resumed | None,
+    stop: StopRequest,
 ) -> Run:
     """The steps, and what comes after them."""
     recipe, resolved = assembly.recipe, assembly.resolved
@@ -223,25 +273,27 @@ def _run(
     watch = Watch(assembly, trainer, record, folder)
     if assembly.device.kind == "cuda":
         import_ahead()
-    first = 1 if resumed is None else resumed.state.step + 1
+    point = None if resumed is None else resumed.point
     try:
-        with StopRequest(lambda name: record.tell(StopAsked(name))) as stop:
-            if resumed is None:
-                watch.evaluate_start()
-            else:
-                watch.go_on_from(resumed.state, resumed.best)
-            last = run_steps(
-                trainer.take_step,
-                assembly.batches.step,
-                first=first,
-                last=resolved.steps,
-                after=[watch.note_step, watch.evaluate, watch.checkpoint],
-                stop=lambda: stop.requested,
-                lag=0 if assembly.device.kind == "cpu" else LAG,
-                needs_state=watch.needs_state,
-            )
+        stop.stepping = True
+        if point is None:
+            watch.evaluate_start()
+        else:
+            watch.go_on_from(point.state, point.best)
+        last = run_steps(
+            trainer.take_step,
+            assembly.batches.step,
+            first=1 if point is None else point.state.step + 1,
+            last=resolved.steps,
+            after=[watch.note_step, watch.evaluate, watch.checkpoint],
+            stop=lambda: stop.requested,
+            lag=0 if assembly.device.kind == "cpu" else LAG,
+            needs_state=watch.needs_state,
+        )
         if last < resolved.steps:
             watch.save(last)
+        watch.finish_saving()
+        stop.stepping = False
     except DivergenceError:
         watch.note_energy()
         Run.make(folder, interrupted=True)  # writes the report of what there is
@@ -249,13 +301,14 @@ def _run(
     watch.note_energy()
     if last < resolved.steps:
         record(Interrupted(last, stop.name))
-        return Run.make(folder, interrupted=True)
+        return Run.make(folder, interrupted=True, signal=stop.name)
     end_run(assembly, trainer, watch, record, folder)
     record(Finished(last, time.time() - began))
     return Run.make(folder, interrupted=False)
 
 
 def _bytes_written(trainer: Trainer, keep_last: int) -> int:
-    """Upper bound of what the run writes: checkpoints (one more while it is written), adapter."""
+    """Upper bound of what the run writes: checkpoints (the best one too, one more while it is
+    written, each with the best adapter), and the adapter."""
     state = sum(t.numel() * t.element_size() for t in trainer.state().values())
-    return state * (keep_last + 3) + 50_000_000
+    return 2 * state * (keep_last + 3) + 50_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,15 +11,19 @@ import psutil
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.files import CheckpointState, prune_checkpoints, save_checkpoint
+from halfbyte.checkpoint.snapshot import Snapshot, copy_to_host
+from halfbyte.checkpoint.state import CheckpointState
+from halfbyte.checkpoint.writer import CheckpointWriter
 from halfbyte.errors import DivergenceError
 from halfbyte.evaluate.held_out import held_out_loss
+from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import Checkpointed, Diverged, Evaluated, Step, Warned
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.divergence import SkippedSteps, named_rows, sentence
 from halfbyte.run.energy import EnergyMeter
 from halfbyte.run.fingerprint import package_versions
+from halfbyte.run.folder import GOES_ON_WITH
 from halfbyte.run.record import RunRecord
 from halfbyte.run.setup import Trainer
 
@@ -35,12 +40,17 @@ class Watch:
         self.assembly = assembly
         self.trainer = trainer
         self.record = record
-        self.checkpoints = folder / "checkpoints"
+        self.folder = folder
+        self.writer = CheckpointWriter(
+            folder / "checkpoints", assembly.recipe.checkpoints.keep_last
+        )
         self.best_step: int | None = None
         self.best_loss: float | None = None
         self.best_adapter: dict[str, Tensor] | None = None
         self._last_loss: tuple[int, float] | None = None  # step, held-out loss
-        self._saved = 0  # step of the last checkpoint
+        self._submitted = 0  # step of the last checkpoint that was begun
+        self._saved = 0  # and of the last that is whole
+        self._stood_still = 0.0  # seconds for the checkpoint that is being written
         self.skipped = SkippedSteps(trainer.scaler, self._name_rows)
         # Kept on the host: a rate read from the device would wait for all steps queued there.
         self._rates: list[float] = trainer.step.learning_rates.tolist()
@@ -59,7 +69,7 @@ class Watch:
         self.best_step, self.best_loss, self.best_adapter = state.best_step, state.best_loss, best
         if state.held_out_loss is not None:
             self._last_loss = (state.step, state.held_out_loss)
-        self._saved = state.step
+        self._submitted = self._saved = state.step
         self.skipped.count = state.skipped
 
     def needs_state(self, step: int) -> bool:
@@ -67,7 +77,9 @@ class Watch:
         return self._evaluates(step) or self._checkpoints(step)
 
     def note_step(self, step: FinishedStep) -> None:
-        """Emit the step's event. Raises DivergenceError where training cannot go on."""
+        """Emit the step's event. Raises DivergenceError where training cannot go on, and whatever
+        kept the last checkpoint from being written."""
+        self._note_written()
         # A step that makes no update does not advance the schedule.
         learning_rate = self._rates[step.number - 1 - self.skipped.count]
         in_use, reserved = self._memory()
@@ -112,30 +124,56 @@ class Watch:
             self.save(step.number)
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of ``step``, unless it is there, and remove those not kept.
+        """Begin to write the checkpoint of ``step``, unless that was done.
 
         Raises DivergenceError where the adapter is not finite: every checkpoint is a good one.
         """
-        if self._saved == step:
+        if self._submitted == step:
             return
+        began = time.perf_counter()
         if not torch.isfinite(self.trainer.parameters.data).all():
             reason = f"the adapter is no longer finite after step {step:,}"
             self._stop(Diverged(step, reason, [], self._last_checkpoint()), updated=True)
         state = CheckpointState(
+            run_id=self.assembly.run_id,
             step=step,
             held_out_loss=self.last_loss(step),
             best_step=self.best_step,
             best_loss=self.best_loss,
             versions=package_versions(),
             device=self.assembly.device.name,
-            fingerprint=self.assembly.fingerprint,
+            hashes=self.assembly.hashes,
             skipped=self.skipped.count,
         )
-        path = save_checkpoint(self.checkpoints, state, self.trainer.state())
-        self._saved = step
-        self.record(Checkpointed(step, f"checkpoints/{path.name}", state.held_out_loss))
-        keep_last = self.assembly.recipe.checkpoints.keep_last
-        prune_checkpoints(self.checkpoints, keep_last, self.best_step)
+        snapshot = Snapshot(
+            state=state,
+            tensors=copy_to_host(self.trainer.state()),
+            best=None if self.best_step in (None, step) else self.best_adapter,
+            weights=self.assembly.weights.result,
+            folder=self.folder,
+            files=GOES_ON_WITH,
+            events_bytes=(self.folder / EVENTS_FILE).stat().st_size,
+        )
+        self.writer.submit(snapshot)
+        self._note_written()
+        self._submitted = step
+        self._stood_still = time.perf_counter() - began
+
+    def finish_saving(self) -> None:
+        """Return when every checkpoint that was begun is whole on the disk."""
+        self.writer.wait()
+        self._note_written()
+
+    def _note_written(self) -> None:
+        for written in self.writer.poll():
+            state = written.state
+            self._saved = state.step
+            path = f"{written.path.parent.name}/{written.path.name}"
+            self.record(
+                Checkpointed(
+                    state.step, path, state.held_out_loss, written.seconds, self._stood_still
+                )
+            )
 
     def last_loss(self, step: int) -> float | None:
         """The held-out loss of ``step``, if that was the last one measured."""
@@ -169,11 +207,12 @@ class Watch:
         return step % every == 0 or step == self.assembly.resolved.steps
 
     def _last_checkpoint(self) -> str | None:
+        self.finish_saving()
         return f"checkpoints/step-{self._saved}" if self._saved else None
 
     def _stop(self, event: Diverged, *, updated: bool) -> NoReturn:
         self.record(event)
-        path = str(self.checkpoints.parent / event.checkpoint) if event.checkpoint else None
+        path = str(self.folder / event.checkpoint) if event.checkpoint else None
         scaled = self.trainer.scaler.enabled
         raise DivergenceError(sentence(event.reason, path, updated=updated, scaled=scaled))
 
