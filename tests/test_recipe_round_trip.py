@@ -187,6 +187,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 value = f".*{re.escape(value)}"  # a text is a regular expression there
             if name == "new_tokens":
                 value = list(dict.fromkeys(value))  # each once
+            if name == "url_env" and value is not None:
+                value = "V" + re.sub(r"\W", "_", value, flags=re.ASCII)  # a variable's name
             put(tree, setting, value)
     data = tree.setdefault("data", {})
     if draw(st.booleans()):

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from halfbyte.recipe.data_schema import DataRecipe
 from halfbyte.recipe.section import Auto, Name, PositiveInt, Section, rule
+from halfbyte.recipe.tracker_schema import TrackerRecipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
@@ -302,3 +303,4 @@ class RecipeFields(Section):
     evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
     checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
     report: ReportRecipe = Field(default_factory=ReportRecipe)
+    trackers: TrackerRecipe = Field(default_factory=TrackerRecipe)

@@ -24,6 +24,9 @@ CONTENTS = (
     "initial_adapter",
     "checkpoints",
     "plots",
+    "tensorboard",
+    "wandb",
+    "trackers.json",
     EVENTS_FILE,
     "recipe.yaml",
     "recipe.asked.yaml",
@@ -35,7 +38,13 @@ CONTENTS = (
 
 
 # What of these a checkpoint holds too, so that it alone is enough to go on from.
-GOES_ON_WITH = ("recipe.yaml", "recipe.asked.yaml", "strategy.json", "initial_adapter")
+GOES_ON_WITH = (
+    "recipe.yaml",
+    "recipe.asked.yaml",
+    "strategy.json",
+    "trackers.json",
+    "initial_adapter",
+)
 
 
 @dataclass(frozen=True)

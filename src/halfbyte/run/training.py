@@ -26,7 +26,9 @@ from halfbyte.events.types import (
 from halfbyte.loop.steps import run_steps
 from halfbyte.plan.machine import machine_mark
 from halfbyte.recipe import Recipe
+from halfbyte.recipe.secret_values import refuse_secrets
 from halfbyte.recipe.write import dump_recipe
+from halfbyte.redaction import redact
 from halfbyte.run.adapter_start import save_start
 from halfbyte.run.ahead import import_ahead, key_ahead
 from halfbyte.run.allocator import spare_memory
@@ -52,6 +54,7 @@ from halfbyte.run.setup import Trainer, capture, load_model, make_trainer, strat
 from halfbyte.run.strategy import FILE_NAME as STRATEGY_FILE
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
+from halfbyte.trackers.listener import Trackers
 
 # How many steps the losses of a GPU are read late, so that it never waits for the host.
 LAG = 8
@@ -125,6 +128,9 @@ def train(
                 resumed = open_resumed(folder, wanted=recipe, allow=allow)
             chosen = recipe if resumed is None else resumed.recipe
             assert chosen is not None
+            refuse_secrets(chosen)
+            trackers = held.enter_context(Trackers(chosen, record))
+            record.listeners.append(trackers)
             if chosen.memory_limit_gb is not None:
                 spare_memory()
             run_id = resumed.run_id if resumed else secrets.token_hex(8)
@@ -158,6 +164,7 @@ def train(
                 check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
                 _begin_folder(folder, assembly, trainer, resumed, asked or dump_recipe(chosen))
                 record.open(folder)
+                trackers.begin(assembly.recipe, folder)
                 point_latest(folder, runs)
                 return _run(assembly, trainer, record, folder, began, resumed, stop)
         except Exception as error:
@@ -188,7 +195,7 @@ def _begin_folder(
     """Write what a run is made from into its folder; the record of what it does comes after."""
     if resumed is None:
         clear_folder(folder)
-        write_whole(folder / "recipe.asked.yaml", asked)
+        write_whole(folder / "recipe.asked.yaml", redact(asked))
     if resumed is None or resumed.point is None:
         save_start(folder, assembly, trainer.model)
     write_whole(folder / "recipe.yaml", dump_recipe(assembly.recipe))
