@@ -12,7 +12,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "halfbyte"
 # Modules whose readers execute what they read, and the files that may import them: rows that do
 # not fit into memory lie in a file of this process without a name, which nobody else can write.
 EXECUTING = {
-    "pickle": {"data/table.py", "data/example_store.py"},
+    "pickle": {
+        "data/table.py",
+        "data/example_store.py",
+        # What a parent writes and its own worker reads; the way back is JSON.
+        "data/template_process.py",
+        "data/template_worker.py",
+    },
     "marshal": {"data/example_store.py"},
     **{
         name: set[str]()
@@ -31,7 +37,13 @@ CALLS = {
     *("subprocess.getoutput", "subprocess.getstatusoutput", "jinja2.Environment"),
     *("jinja2.sandbox.SandboxedEnvironment", "jinja2.Template"),
 }
-METHODS = {"extractall", "apply_chat_template", "render_jinja_template", "_compile_jinja_template"}
+METHODS = {
+    "extractall",
+    "get_chat_template",
+    "apply_chat_template",
+    "render_jinja_template",
+    "_compile_jinja_template",
+}
 CLASSES = {
     *("yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader", "yaml.constructor.Constructor"),
     *("yaml.constructor.UnsafeConstructor", "yaml.constructor.FullConstructor"),
@@ -39,14 +51,10 @@ CLASSES = {
 ALLOWED = {
     # The report's own templates, which come with the package.
     ("report/html.py", "jinja2.Environment"),
-    # TODO
-    ("data/chat_render.py", "transformers.utils.chat_template_utils.render_jinja_template"),
-    ("data/formats/jinja_rows.py", "jinja2.Template"),
-    ("generate/conversation.py", "self._tokenizer.apply_chat_template"),
-    ("generate/prompt.py", "tokenizer.apply_chat_template"),
     # Only names that are written there, in lists.
     ("run/__init__.py", "a module by a name that is not written here"),
     ("run/ahead.py", "a module by a name that is not written here"),
+    ("trackers/worker.py", "a module by a name that is not written here"),
     ("run/bench_trl.py", "a module by a name that is not written here"),
     # Types of numbers, of a request that this process wrote.
     ("kernels/trial_base.py", "an attribute of torch by a name that is not written here"),
@@ -111,6 +119,10 @@ def faults(source: str, file: str) -> list[str]:
                 isinstance(node, ast.Attribute) and node.attr in METHODS
             ):
                 note(node, name)
+        if isinstance(node, (ast.List, ast.Tuple)):
+            words = [full_name(one, names) or getattr(one, "value", "") for one in node.elts]
+            if words[:1] == ["sys.executable"] and "-m" in words and "-P" not in words:
+                note(node, "a module looked for in the working directory first")
         if isinstance(node, ast.Call):
             for what in call_faults(node, names):
                 note(node, what)
@@ -181,6 +193,7 @@ def test_nothing_that_is_read_is_executed() -> None:
         "archive.extractall(folder)",
         "import torch\ngetattr(torch, name)",
         "from importlib import import_module\nimport_module(name)",
+        "import sys\ncommand = [sys.executable, '-m', 'pip']",
     ],
 )
 def test_it_would_be_seen(source: str) -> None:

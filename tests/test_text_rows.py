@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -10,19 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers.utils import chat_template_utils
 
 from chat_case import (
     CALLED,
-    CONVERSATIONS,
-    FAMILIES,
     SYSTEM,
     TURNS,
     WEATHER,
     byte_tokenizer,
     tokenizer_of,
 )
-from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import ModelChat
 from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.example import Example, Message
@@ -192,32 +187,6 @@ def test_tool_calls_are_written_as_the_template_wants_them(
     [(_, segments)] = template.rows(Example(0, messages, tools=(WEATHER,)), "answer")
     assert written in "".join(s.text for s in segments if s.learn)
     assert "31 degrees" in "".join(s.text for s in segments if not s.learn)
-
-
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_the_private_way_into_transformers_renders_as_the_public_one(name: str) -> None:
-    """``_compile_jinja_template``: if transformers has it no longer, rendering is slower."""
-    assert callable(chat_template_utils._compile_jinja_template)
-    tokenizer = tokenizer_of(name)
-    private, public = (ChatRender(tokenizer.chat_template, tokenizer) for _ in range(2))
-    public._compiled = None
-    compared = 0
-    for example in CONVERSATIONS.values():
-        spoken = private.messages(example.messages)
-        before = copy.deepcopy(spoken)
-        parts = [spoken[: at + 1] for at in range(len(spoken))]
-        for generate in (True, False):
-            for part in parts:
-                try:
-                    expected = public([part], generate=generate, tools=example.tools)
-                except TemplateFailed as failed:
-                    with pytest.raises(TemplateFailed, match=f"^{re.escape(str(failed))}$"):
-                        private([part], generate=generate, tools=example.tools)
-                    continue
-                assert private([part], generate=generate, tools=example.tools) == expected
-                compared += 1
-        assert spoken == before
-    assert compared > 10
 
 
 def test_the_prompt_of_deepseek_r1_as_a_text() -> None:

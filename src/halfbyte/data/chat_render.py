@@ -6,12 +6,15 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from halfbyte.data.example import Message
+from halfbyte.data.jinja_sandbox import ChatTemplate
+from halfbyte.data.known_templates import is_known
+from halfbyte.data.template_process import Failed, template_process
 from halfbyte.data.turns import Conversation
 from halfbyte.foreign_json import parse_json
 
@@ -36,22 +39,40 @@ class CallStyle:
     short_ids: bool = False
 
 
+@dataclass(frozen=True)
+class Request:
+    """Conversations to render, all up to where an answer begins or none; or one with its marks."""
+
+    conversations: Sequence[Conversation]
+    tools: Sequence[Mapping[str, Any]] = ()
+    generate: bool = False
+    marks: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text of each conversation of a request; ``marks`` of the one that asked for them."""
+
+    texts: list[str]
+    marks: list[tuple[int, int]]
+
+
 class ChatRender:
-    """Renders conversations in one chat template, with one tokenizer's special tokens."""
+    """Renders conversations in one chat template, with one tokenizer's special tokens.
+
+    A template that is known not to do harm is rendered here, any other in the worker process.
+    """
 
     def __init__(self, template: str, tokenizer: Any) -> None:
-        from transformers.utils import chat_template_utils
-
-        self._render = chat_template_utils.render_jinja_template
-        # The one public way, the function above, copies all messages deeply for each rendering, a
-        # quarter of its time. What it compiles the template with has no public name; a test
-        # compares the two, and without that name the public way is taken.
-        compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
-        self._compiled = None if compiled is None else compiled(template)
         self.template = template
         self.special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         self.marks_answers = GENERATION.search(template) is not None
+        self.apart = not is_known(template)
+        self._here: ChatTemplate | None = None
+        self._key = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+        if not self.apart:
+            self._here = ChatTemplate(template)
 
     def __call__(
         self,
@@ -62,31 +83,53 @@ class ChatRender:
     ) -> list[str]:
         """The text of each conversation; with ``generate`` up to where an answer begins.
 
-        Raises TemplateFailed.
+        Raises TemplateFailed, and TemplateStopped where it takes too much.
         """
-        if self._compiled is None:
-            return self._texts(conversations, tools, add_generation_prompt=generate)[0]
-        listed = [dict(tool) for tool in tools] or None
-        try:
-            return [
-                self._compiled.render(
-                    messages=conversation,
-                    tools=listed,
-                    documents=None,
-                    add_generation_prompt=generate,
-                    **self.special,
-                )
-                for conversation in conversations
-            ]
-        except _failures() as error:
-            raise _failed(error) from error
+        return self._one(Request(conversations, tools, generate)).texts
 
     def with_marks(
         self, conversation: Conversation, tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the characters of it that lie in ``{% generation %}`` blocks."""
-        texts, marks = self._texts([conversation], tools, return_assistant_tokens_mask=True)
-        return texts[0], [(start, end) for start, end in marks[0] if end > start]
+        answer = self._one(Request([conversation], tools, marks=True))
+        return answer.texts[0], answer.marks
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer | TemplateFailed]:
+        """What becomes of each request; where the template takes too much TemplateStopped."""
+        if self._here is not None:
+            return [self._rendered(self._here, request) for request in requests]
+        work = [
+            ([list(c) for c in r.conversations], list(r.tools), r.generate, r.marks, self.special)
+            for r in requests
+        ]
+        process = template_process()
+        failed = process.open(self._key, source=self.template)
+        if failed is not None:
+            return [TemplateFailed(_words(failed))] * len(requests)
+        answers = process.render({self._key: {"source": self.template}}, self._key, work)
+        return [_answer(answer) for answer in answers]
+
+    def _one(self, request: Request) -> Answer:
+        [answer] = self.ask([request])
+        if isinstance(answer, TemplateFailed):
+            raise answer
+        return answer
+
+    def _rendered(self, template: ChatTemplate, request: Request) -> Answer | TemplateFailed:
+        try:
+            if request.marks:
+                [conversation] = request.conversations
+                text, marks = template.text_and_marks(conversation, request.tools, self.special)
+                return Answer([text], _not_empty(marks))
+            return Answer(
+                [
+                    template.text(conversation, request.tools, request.generate, self.special)
+                    for conversation in request.conversations
+                ],
+                [],
+            )
+        except Exception as error:  # a template computes, and so raises, whatever it likes
+            return _failed(error)
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Messages as templates read them, tool calls in the way that this one wants."""
@@ -184,33 +227,27 @@ class ChatRender:
         except TemplateFailed:
             return True
 
-    def _texts(
-        self,
-        conversations: Sequence[Conversation],
-        tools: Sequence[Mapping[str, Any]],
-        **how: bool,
-    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        try:
-            return self._render(
-                [list(conversation) for conversation in conversations],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=self.template,
-                **self.special,
-                **how,
-            )
-        except _failures() as error:
-            raise _failed(error) from error
+
+def _answer(found: Any) -> Answer | TemplateFailed:
+    """An answer of the worker, of which only the kinds of its values are believed."""
+    if isinstance(found, Failed):
+        return TemplateFailed(_words(found))
+    texts, marks = found
+    return Answer([str(text) for text in texts], _not_empty((int(a), int(b)) for a, b in marks))
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What a template that does not fit its messages raises."""
-    from jinja2 import TemplateError
+def _not_empty(marks: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(start, end) for start, end in marks if end > start]
 
-    return TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError
+
+def _words(failed: Failed) -> str:
+    words = " ".join(failed.words.split()).rstrip(".") or failed.kind
+    return words if failed.line is None else f"{words}, line {failed.line}"
 
 
 def _failed(error: Exception) -> TemplateFailed:
-    return TemplateFailed(" ".join(str(error).split()).rstrip("."))
+    words = " ".join(str(error).split()).rstrip(".")
+    return TemplateFailed(words or type(error).__name__)
 
 
 def _as_dicts(messages: Sequence[Message], style: CallStyle | None = None) -> list[dict[str, Any]]:

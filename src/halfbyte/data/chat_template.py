@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from typing import Any
 
 from halfbyte.data.batch import Segment
-from halfbyte.data.chat_render import ChatRender, TemplateFailed
+from halfbyte.data.chat_render import Answer, ChatRender, Request, TemplateFailed
 from halfbyte.data.example import Example, Message
+from halfbyte.data.template_process import BATCH, BATCH_CHARACTERS, TemplateStopped
 from halfbyte.data.text_rows import opening, text_segments
 from halfbyte.data.tokenize import leading_text
 from halfbyte.data.turns import (
@@ -84,6 +85,7 @@ class ModelChat:
         self.warnings = [DATED] if dated else []
         self._tokenizer = tokenizer
         self._chat = ChatRender(self._own, tokenizer)
+        self._replay: _Replay | None = None
         self._system = system
         self._instruction = instruction
         self._eos = tokenizer.eos_token or ""
@@ -126,6 +128,67 @@ class ModelChat:
             spans = [span for turn in turns for span in turn.spans]
             found.append((part, segments_of(text, spans, loss_on == "all")))
         return found
+
+    def rows_of_each(
+        self, examples: Iterable[Example], loss_on: LossOn
+    ) -> Iterator[list[tuple[Example, list[Segment]]] | RowRefused]:
+        """What ``rows`` makes of each, or raises of it.
+
+        Where the template is rendered in a process of its own, many are there together.
+        """
+        if not self._chat.apart:
+            for example in examples:
+                try:
+                    yield self.rows(example, loss_on)
+                except RowRefused as refused:
+                    yield refused
+            return
+        batch: list[Example] = []
+        characters = 0
+        for example in examples:
+            batch.append(example)
+            characters += sum(len(message.content) for message in example.messages)
+            if len(batch) == BATCH or characters > BATCH_CHARACTERS:
+                yield from self._together(batch, loss_on)
+                batch, characters = [], 0
+        yield from self._together(batch, loss_on)
+
+    def _together(
+        self, examples: Sequence[Example], loss_on: LossOn
+    ) -> list[list[tuple[Example, list[Segment]]] | RowRefused]:
+        """As ``rows_of_each``, of a few.
+
+        What ``rows`` asks the template depends on the example and on what the template answered
+        before. So it is called again and again, each time with one answer more, and what all
+        examples ask for next is asked for at once.
+        """
+        found: list[list[tuple[Example, list[Segment]]] | RowRefused | None] = [None] * len(
+            examples
+        )
+        replays = {place: _Replay() for place in range(len(examples))}
+        while replays:
+            for place, replay in list(replays.items()):
+                self._replay = replay.again()
+                try:
+                    found[place] = self.rows(examples[place], loss_on)
+                except _Asks:
+                    continue
+                except RowRefused as refused:
+                    found[place] = refused
+                finally:
+                    self._replay = None
+                del replays[place]
+            places = list(replays)
+            try:
+                answers = self._chat.ask([replays[place].asked for place in places])
+            except TemplateStopped as stopped:
+                at = examples[places[min(stopped.place, len(places) - 1)]].at
+                raise TemplateStopped(
+                    stopped.what, stopped.place, f"the model's chat template, at {at},"
+                ) from None
+            for place, answer in zip(places, answers, strict=True):
+                replays[place].answers.append(answer)
+        return [rows for rows in found if rows is not None]
 
     def segments(self, example: Example, loss_on: LossOn) -> list[Segment]:
         rows = self.rows(example, loss_on)
@@ -182,7 +245,9 @@ class ModelChat:
         for text, turns in traced:
             until = turns[-1].message + 1
             if self._chat.marks_answers and loss_on != "all":
-                whole, marks = self._chat.with_marks(messages[:until], example.tools)
+                request = Request([messages[:until]], example.tools, marks=True)
+                answer = self._answer(example, request)
+                whole, marks = answer.texts[0], answer.marks
                 if whole == text:
                     turns = [replace(t, spans=self._marked(text, t, marks)) for t in turns]
             turns = [replace(turn, message=turn.message - shift) for turn in turns]
@@ -260,12 +325,44 @@ class ModelChat:
     def _render(
         self, example: Example, conversations: Sequence[Conversation], *, generate: bool
     ) -> list[str]:
-        try:
-            return self._chat(conversations, generate=generate, tools=example.tools)
-        except TemplateFailed as error:
+        return self._answer(example, Request(conversations, example.tools, generate)).texts
+
+    def _answer(self, example: Example, request: Request) -> Answer:
+        if self._replay is None:
+            [answer] = self._chat.ask([request])
+        else:
+            answer = self._replay.answer(request)
+        if isinstance(answer, TemplateFailed):
             raise RowRefused(
-                example, f"the model's chat template does not take it ({error}); {ELSE}"
-            ) from error
+                example, f"the model's chat template does not take it ({answer}); {ELSE}"
+            ) from answer
+        return answer
+
+
+class _Asks(Exception):
+    """The template is asked for something that it has not answered yet."""
+
+
+class _Replay:
+    """The template's answers to what was asked for an example so far, in their order."""
+
+    def __init__(self) -> None:
+        self.answers: list[Answer | TemplateFailed] = []
+        self.asked: Request
+        self._given = 0
+
+    def again(self) -> _Replay:
+        """Give them from the first one on."""
+        self._given = 0
+        return self
+
+    def answer(self, request: Request) -> Answer | TemplateFailed:
+        """The next one. Raises _Asks where there is none."""
+        if self._given == len(self.answers):
+            self.asked = request
+            raise _Asks
+        self._given += 1
+        return self.answers[self._given - 1]
 
 
 def _has_question(example: Example) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from halfbyte.data.batch import Segment
 from halfbyte.data.by_place import ByPlace
 from halfbyte.data.cleaning.picked import Picked
 from halfbyte.data.example import Example
-from halfbyte.data.template import Template
+from halfbyte.data.template import Template, rows_of_each
 from halfbyte.data.turns import REFUSED, RowRefused, says
 from halfbyte.recipe.data_schema import LossOn
 
@@ -119,16 +120,21 @@ def render(
     """
     first: dict[str, RowRefused] = {}
     numbers: dict[tuple[str, str], int] = {}
-    for place, example in enumerate(examples):
-        if progress is not None and place and place % TOLD == 0:
-            progress(place, len(examples))
-        if not answered(example):
-            continue
-        try:
-            rows = template.rows(example, loss_on)
-        except RowRefused as error:
-            first.setdefault(error.kind, error.with_traceback(None))
-            why = error.kind, error.reason
+    asked: deque[tuple[int, int]] = deque()  # places and numbers of what is being rendered
+
+    def wanted() -> Iterator[Example]:
+        for place, example in enumerate(examples):
+            if progress is not None and place and place % TOLD == 0:
+                progress(place, len(examples))
+            if answered(example):
+                asked.append((place, example.row))
+                yield example
+
+    for rows in rows_of_each(template, wanted(), loss_on):
+        place, number = asked.popleft()
+        if isinstance(rows, RowRefused):
+            first.setdefault(rows.kind, rows.with_traceback(None))
+            why = rows.kind, rows.reason
             found.refused.append(place)
             found.refused_why.append(numbers.setdefault(why, len(numbers)))
             if len(numbers) > len(found.reasons):
@@ -138,7 +144,7 @@ def render(
             found.places.append(place)
             found.turns.extend(part.turns or ())
             found.turn_ends.append(len(found.turns))
-            yield segments, example.row
+            yield segments, number
     if first and not found.places:
         # What a template refuses weighs more than what a recipe does not learn.
         raise first.get(REFUSED) or next(iter(first.values()))

@@ -8,7 +8,7 @@ into the same frame renders the format that was trained, by construction.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from halfbyte.data.batch import Segment
@@ -16,7 +16,7 @@ from halfbyte.data.chat_template import ModelChat, own_template
 from halfbyte.data.example import Example
 from halfbyte.data.text_rows import TextRows, opening
 from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_format
-from halfbyte.data.turns import last_assistant
+from halfbyte.data.turns import RowRefused, last_assistant
 from halfbyte.errors import DataError
 from halfbyte.events.types import Choice
 from halfbyte.recipe.data_schema import DataRecipe, LossOn
@@ -124,6 +124,20 @@ def make_template(
     else:
         format = parse_format(data.template)
     return TextTemplate(format, tokenizer, instruction=data.instruction), choices
+
+
+def rows_of_each(
+    template: Template, examples: Iterable[Example], loss_on: LossOn
+) -> Iterator[list[tuple[Example, list[Segment]]] | RowRefused]:
+    """What ``template.rows`` makes of each example, or the RowRefused that it raises."""
+    if isinstance(template, ModelChat):
+        yield from template.rows_of_each(examples, loss_on)
+        return
+    for example in examples:
+        try:
+            yield template.rows(example, loss_on)
+        except RowRefused as refused:
+            yield refused
 
 
 def _automatic(tokenizer: Any) -> tuple[str, str]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
+from halfbyte.data.chat_render import ChatRender, TemplateFailed
+from halfbyte.data.chat_template import own_template
 from halfbyte.errors import ModelError
 
 _PROBE = "halfbyte probe"
@@ -22,7 +22,7 @@ class Rendered:
 
 
 class Conversation:
-    """Messages and answers, rendered by the tokenizer's chat template.
+    """Messages and answers, rendered by the tokenizer's chat template (``data/chat_render.py``).
 
     With ``single_turn`` (a format whose rows were one question each) every message stands alone.
     ``room`` is how many tokens a prompt may have; ``count`` tells the tokens of one.
@@ -37,7 +37,7 @@ class Conversation:
         system: str | None = None,
         single_turn: bool = False,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._chat = ChatRender(own_template(tokenizer) or "", tokenizer)
         self._room = room
         self._count = count
         self.system = system
@@ -93,18 +93,9 @@ class Conversation:
 
     def _apply(self, messages: list[dict[str, str]]) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return self._chat([messages], generate=True)[0]
+        except TemplateFailed as error:
             raise ModelError(
-                f"the adapter's chat_template.jinja does not take this conversation "
-                f"({_reason(error)}); mend the template, or begin a new conversation."
+                f"the adapter's chat_template.jinja does not take this conversation ({error}); "
+                "mend the template, or begin a new conversation."
             ) from error
-
-
-def _reason(error: Exception) -> str:
-    line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    return f"{' '.join(str(error).split()).rstrip('.')}{line}"

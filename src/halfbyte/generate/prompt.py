@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
-
 from halfbyte.data.batch import Segment
+from halfbyte.data.chat_render import ChatRender, TemplateFailed
+from halfbyte.data.chat_template import own_template
 from halfbyte.data.tokenize import tokenize_rows
 
 
@@ -44,13 +44,14 @@ def end_ids(network: Any, tokenizer: Any) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    if not isinstance(tokenizer.chat_template, str):
+    template = own_template(tokenizer)
+    if template is None:
         return None
     said = "halfbyte"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError):
+        [text] = ChatRender(template, tokenizer)([messages], generate=False)
+    except TemplateFailed:
         return None  # a template that does not take these two messages says nothing about them
     after = text.rpartition(said)[2].lstrip()
     ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after else []

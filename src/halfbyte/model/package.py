@@ -85,7 +85,7 @@ def _cached(package: str, version: str) -> Path:
 
 
 def _download(package: str, version: str, into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--no-input", "--retries", "2"]
     command += ["--dest", str(into), f"{package}=={version}"]
     # pip's progress belongs on standard error: standard output is for what the user asked for.

@@ -10,6 +10,9 @@ from halfbyte.foreign_json import read_json
 from halfbyte.model.sentencepiece_file import FILE, sentencepiece_tokenizer
 from halfbyte.model.wording import reason
 
+# Characters; those of models have up to 20,000.
+LONGEST_TEMPLATE = 1 << 18
+
 
 def load_tokenizer(folder: Path, name: str, model_type: str) -> Any:
     """The fast tokenizer in ``folder``; a padding token is not needed, as nothing is padded.
@@ -78,5 +81,12 @@ def require_usable(tokenizer: Any, name: str) -> Any:
         raise ModelError(
             f"the tokenizer of {name} names no end-of-sequence token, so no answer could end; set "
             "eos_token in its tokenizer_config.json."
+        )
+    template = tokenizer.chat_template
+    lengths = map(len, template.values() if isinstance(template, dict) else [template or ""])
+    if max(lengths, default=0) > LONGEST_TEMPLATE:
+        raise ModelError(
+            f"the chat template of {name} is longer than {LONGEST_TEMPLATE:,} characters, which "
+            "none is: get the model's files again."
         )
     return tokenizer

@@ -248,7 +248,7 @@ def _time_trl(recipe: Recipe, folder: Path, workload: Workload, device: str) -> 
     path.write_text(json.dumps(spec), encoding="utf-8")
     if device == "cuda":
         torch.cuda.empty_cache()
-    command = [sys.executable, "-m", "halfbyte.run.bench_trl", str(path)]
+    command = [sys.executable, "-P", "-m", "halfbyte.run.bench_trl", str(path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(

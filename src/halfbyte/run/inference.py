@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError, RunError
+from halfbyte.foreign_json import read_small
 from halfbyte.model.adapter_files import read_adapter
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.source import open_model
+from halfbyte.model.tokenizer import LONGEST_TEMPLATE, require_usable
+from halfbyte.model.wording import reason
 from halfbyte.plan.device import find_device
 from halfbyte.recipe.load import load_recipe
 from halfbyte.run.adapter_start import put_saved
@@ -54,5 +57,10 @@ def load_for_inference(folder: Path, device: str = "auto") -> Answerer:
     put_saved(qlora, saved)
     qlora.network.eval()
     template = folder / "adapter" / "chat_template.jinja"
-    source.tokenizer.chat_template = template.read_text(encoding="utf-8")
+    try:
+        written = read_small(template, 4 * LONGEST_TEMPLATE).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{template} cannot be read: {reason(error)}.") from error
+    source.tokenizer.chat_template = written
+    require_usable(source.tokenizer, f"the adapter in {folder}")
     return Answerer(folder, qlora, source.tokenizer)

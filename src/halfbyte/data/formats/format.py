@@ -6,11 +6,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from halfbyte.data.example import Example
 from halfbyte.data.formats.cells import Unreadable
 from halfbyte.data.table import Cells
+from halfbyte.data.template_process import TemplateStopped
 from halfbyte.errors import DataError
 
 
@@ -69,11 +70,30 @@ class Format(Protocol):
         ...
 
 
+def _prepared(format: Together, rows: Iterable[Cells], origin: Origin) -> Iterator[Cells]:
+    try:
+        yield from format.prepared(rows)
+    except TemplateStopped as stopped:
+        where = f"{origin.at(stopped.place)}: data.jinja"
+        raise TemplateStopped(stopped.what, stopped.place, where) from stopped
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A format that does a part of its work for many rows at once."""
+
+    def prepared(self, rows: Iterable[Cells]) -> Iterator[Cells]:
+        """The rows, each made ready for ``example`` a moment before it comes."""
+        ...
+
+
 def examples(format: Format, rows: Iterable[Cells], origin: Origin) -> Iterator[Example]:
     """The rows as examples, one at a time; numbered from 0 as they come.
 
     Raises DataError, which names the row, for the first that is not of the format.
     """
+    if isinstance(format, Together):
+        rows = _prepared(format, rows, origin)
     for row, cells in enumerate(rows):
         try:
             example = format.example(cells, row, origin)
