@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -129,6 +132,7 @@ def test_errors_say_nothing_secret() -> None:
         ("model: {name: 'https://a:secret99@h/m'}\ndata: {path: y}", [], "line 1: model.name"),
         # Cut to fit the sentence, a token would no longer look like one.
         ("model: {name: x}\ndata: {path: y}", [f"seed={TOKEN}{TOKEN}"], "--set seed=[hidden]"),
+        ("model: {name: x}\ndata: {path: y}", [f"title={'q' * 50}{TOKEN}"], "--set title=qqq"),
         (f"model: {{name: x}}\ndata: {{path: y}}\nseed: {'q' * 20}{TOKEN}", [], "line 3: seed"),
         (f"model: {{name: x}}\ndata: {{path: y}}\n{TOKEN}: 3", [], "line 3"),
     ],
@@ -179,3 +183,135 @@ def test_tracebacks_warnings_and_log_lines_of_a_command_are_redacted(tmp_path: P
     for said in ("warned of", "logged", "ValueError: thread", "OSError: first", "ValueError: then"):
         assert said in done.stderr
     assert secret not in done.stdout + done.stderr
+
+
+# ---- everything at once -------------------------------------------------------------------------
+
+# Each variable with a value of its own, so that what leaks says from where; none has a known form.
+CANARIES = {
+    name: f"canary{number}{name.lower().replace('_', '')}"
+    for number, name in enumerate(
+        ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    )
+}
+IN_URL = "canary7inaurl"
+
+# Lets TensorBoard's writer, in its own process, and a library in the run's fail with the canaries
+# in their messages, warn of them and log them.
+FAILING = """
+import os, sys
+said = " ".join(os.environ[n] for n in CANARIES) + f" http://ann:{IN_URL}@host/x"
+def fail(*_, **__):
+    import logging, warnings
+    warnings.warn(said)
+    logging.getLogger("library").error(said)
+    raise RuntimeError(said)
+if "halfbyte.trackers.worker" in sys.orig_argv:
+    import tensorboard.summary.writer.event_file_writer as writer
+    writer.EventFileWriter.add_event = fail
+""".replace("CANARIES", repr(list(CANARIES))).replace("{IN_URL}", IN_URL)
+
+
+@pytest.fixture
+def refusing() -> Iterator[int]:
+    """The port of a server that refuses everything and repeats what it was sent."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = json.dumps({"error": f"{self.headers}", "path": self.path}).encode()
+            self.send_response(403)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_HEAD = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def typed(folder: Path, port: int, *words: str, then: str = "") -> subprocess.CompletedProcess[str]:
+    """``halfbyte WORDS`` in a process where every secret is a canary; ``then`` runs before it."""
+    (folder / "sitecustomize.py").write_text(FAILING)
+    script = folder / "typed.py"
+    script.write_text(
+        f"import sys, sitecustomize\n{then}\nsys.argv = ['halfbyte', *{words!r}]\n"
+        "from halfbyte.cli import main\nmain()\n"
+    )
+    server = f"http://ann:{IN_URL}@127.0.0.1:{port}"
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env={
+            **os.environ,
+            **CANARIES,
+            "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+            "HF_ENDPOINT": server,
+            "HF_HOME": str(folder / "hub"),
+            "WANDB_MODE": "offline",
+            "MLFLOW_TRACKING_URI": server,
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+            "TEAM_ROOM": f"http://127.0.0.1:{port}/in/{IN_URL}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def leaks(done: subprocess.CompletedProcess[str], folder: Path | None) -> list[str]:
+    """Which canaries stand in what was printed, or in any file of ``folder``."""
+    told = [("stdout", done.stdout.encode()), ("stderr", done.stderr.encode())]
+    files = [] if folder is None else [p for p in folder.rglob("*") if p.is_file()]
+    told += [(str(path), path.read_bytes()) for path in files]
+    secrets = [*CANARIES.values(), IN_URL]
+    return [f"{s} in {place}" for s in secrets for place, text in told if s.encode() in text]
+
+
+def test_a_run_whose_trackers_and_libraries_fail_leaks_nothing(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path, refusing: int
+) -> None:
+    for tool in ("tensorboard", "wandb", "mlflow"):
+        pytest.importorskip(tool)
+    settings = (
+        "training.max_steps=2",
+        "evaluation.prompts=0",
+        "trackers={tensorboard: true, wandb: {project: p}, mlflow: {experiment: e}, "
+        "webhook: {url_env: TEAM_ROOM}}",
+    )
+    words = ["train", "--model", str(tiny_model), "--data", str(tiny_rows), "--out", "run"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    # The run itself dies after its last step, of a library.
+    then = "import halfbyte.run.training as t\nt.end_run = sitecustomize.fail"
+    done = typed(tmp_path, refusing, *words, then=then)
+    assert done.returncode == 1, done.stderr
+    assert "RuntimeError: [hidden] [hidden] [hidden] [hidden] http://[hidden]@host/x" in done.stderr
+    record = (tmp_path / "run" / "events.jsonl").read_text()
+    for tool in ("tensorboard", "mlflow", "webhook"):
+        assert f"trackers.{tool} is off: it failed" in record
+    assert list((tmp_path / "run" / "wandb").rglob("*.wandb"))
+    assert leaks(done, tmp_path / "run") == []
+    # A report made later, by somebody who lacks the secrets, has only the records.
+    again = typed(tmp_path, refusing, "report", "run")
+    assert again.returncode == 0, again.stderr
+    assert leaks(again, tmp_path / "run") == []
+
+
+def test_what_the_hub_refuses_is_a_sentence_without_secrets(
+    tiny_rows: Path, tmp_path: Path, refusing: int
+) -> None:
+    words = ["train", "--model", "harbour/lost", "--data", str(tiny_rows), "--out", "run"]
+    done = typed(tmp_path, refusing, *words)
+    assert done.returncode == 2, done.stderr
+    assert leaks(done, None) == []
+    words = ["train", "--model", f"https://ann:{IN_URL}@host/m", "--data", str(tiny_rows)]
+    done = typed(tmp_path, refusing, *words)
+    assert done.returncode == 2
+    assert "model.name holds what looks like a token or a password" in done.stderr
+    assert leaks(done, None) == []
