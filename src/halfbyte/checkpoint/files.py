@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,10 +139,19 @@ def _number(path: Path) -> int:
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else -1
 
 
-def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Remove all but the last ``keep_last`` checkpoints and the best one."""
-    for path in checkpoints_in(folder)[:-keep_last]:
-        if _number(path) != best_step:
+def kept_steps(folder: Path, keep_last: int, best_step: int | None) -> set[int]:
+    """The steps of the checkpoints that stay: the last ``keep_last`` and the best one."""
+    steps = [_number(path) for path in checkpoints_in(folder)]
+    return {*steps[-keep_last:], *(step for step in steps if step == best_step)}
+
+
+def prune_checkpoints(
+    folder: Path, keep_last: int, best_step: int | None, spare: Collection[int] = ()
+) -> None:
+    """Remove all but the last ``keep_last`` checkpoints, the best one and the steps ``spare``."""
+    kept = kept_steps(folder, keep_last, best_step).union(spare)
+    for path in checkpoints_in(folder):
+        if _number(path) not in kept:
             remove_checkpoint(path)
 
 

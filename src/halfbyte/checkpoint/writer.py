@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder, self.keep_last = folder, keep_last
         self.waited = 0.0  # seconds that the run stood still for a checkpoint being written
+        # Steps whose folders somebody reads: they stay a while longer.
+        self.spare: Callable[[], Collection[int]] = tuple
         self._thread: threading.Thread | None = None
         self._written: deque[Written] = deque()
         self._error: BaseException | None = None
@@ -77,6 +80,7 @@ class CheckpointWriter:
         try:
             path = save_checkpoint(self.folder, snapshot)
             self._written.append(Written(path, snapshot.state, time.perf_counter() - began))
-            prune_checkpoints(self.folder, self.keep_last, snapshot.state.best_step)
+            best = snapshot.state.best_step
+            prune_checkpoints(self.folder, self.keep_last, best, self.spare())
         except BaseException as error:
             self._error = error

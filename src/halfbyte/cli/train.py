@@ -75,6 +75,14 @@ def train(
             "setting. Repeatable.",
         ),
     ] = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Copy finished checkpoints to a folder or hf://owner/repo; with --resume, bring "
+            "a lost run back from there.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run that --out holds.")
     ] = False,
@@ -103,7 +111,7 @@ def train(
     elif allow:
         raise RunError("--allow is for a run that goes on; give it with --resume.")
     if resume is not None and not auto:
-        _resume(resume, set_ or [], allow or [])
+        _resume(resume, set_ or [], allow or [], mirror)
         return
     from halfbyte.cli.asked import asked_for
 
@@ -118,6 +126,7 @@ def train(
         overwrite=overwrite,
         resume=AUTO if auto else None,
         allow=allow or [],
+        mirror=mirror,
     )
 
 
@@ -129,6 +138,7 @@ def start(
     overwrite: bool,
     resume: str | None = None,
     allow: Sequence[str] = (),
+    mirror: str | None = None,
     answers: int = 1,
     hints: Sequence[str] = (),
 ) -> None:
@@ -152,6 +162,7 @@ def start(
             overwrite=overwrite,
             resume=resume,
             allow=allow,
+            mirror=mirror,
             listeners=[display],
             command=_typed(),
             recipe_folder=asked.folder,
@@ -160,14 +171,17 @@ def start(
     _show(display, run, answers, hints)
 
 
-def _resume(folder: Path, overrides: Sequence[str], allow: Sequence[str]) -> None:
+def _resume(
+    folder: Path, overrides: Sequence[str], allow: Sequence[str], mirror: str | None
+) -> None:
     """Go on with the run of ``folder``; a setting that is given anew is allowed to change."""
     from halfbyte.cli.display import Display
     from halfbyte.cli.folders import run_folder
     from halfbyte.recipe.load import load_recipe
     from halfbyte.run.changes import may_change
 
-    folder = run_folder(folder if str(folder) != LATEST else None)
+    if mirror is None or folder.exists() or str(folder) == LATEST:
+        folder = run_folder(folder if str(folder) != LATEST else None)
     effective = folder / "recipe.yaml"
     recipe = load_recipe(effective, overrides) if effective.exists() else None
     named = [key for key in (text.split("=")[0].strip() for text in overrides) if may_change(key)]
@@ -180,6 +194,7 @@ def _resume(folder: Path, overrides: Sequence[str], allow: Sequence[str]) -> Non
             recipe if overrides else None,
             resume=folder,
             allow=[*allow, *named],
+            mirror=mirror,
             listeners=[display],
             command=_typed(),
         )

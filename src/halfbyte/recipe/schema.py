@@ -16,6 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from halfbyte.recipe.data_schema import DataRecipe
 from halfbyte.recipe.section import Auto, Name, PositiveInt, Section, rule
 from halfbyte.recipe.tracker_schema import TrackerRecipe
+from halfbyte.recipe.watch_schema import EarlyStoppingRecipe, WatchRecipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]
@@ -248,6 +249,7 @@ class EvaluationRecipe(Section):
         default=True,
         description="Also measure the base model as it was before quantization.",
     )
+    early_stopping: EarlyStoppingRecipe = Field(default_factory=EarlyStoppingRecipe)
 
 
 class CheckpointRecipe(Section):
@@ -258,6 +260,11 @@ class CheckpointRecipe(Section):
     )
     keep_last: PositiveInt = Field(
         default=2, description="So many of the latest are kept, and the best."
+    )
+    mirror: str | None = Field(
+        default=None,
+        description="Where finished checkpoints and what the run makes are copied to as well: a "
+        "folder, or hf://owner/repo for a repository of the hub, made private if it is not there.",
     )
 
 
@@ -301,6 +308,7 @@ class RecipeFields(Section):
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
     evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
+    watch: WatchRecipe = Field(default_factory=WatchRecipe)
     checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
     report: ReportRecipe = Field(default_factory=ReportRecipe)
     trackers: TrackerRecipe = Field(default_factory=TrackerRecipe)

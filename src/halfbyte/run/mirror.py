@@ -20,7 +20,7 @@ from halfbyte.events import Emit
 from halfbyte.events.types import Event, Mirrored, Warned
 from halfbyte.run.mirror_folder import FolderTarget
 from halfbyte.run.mirror_hub import SCHEME, HubTarget
-from halfbyte.run.mirror_target import CHECKPOINTS, MirrorError, Target, step_of
+from halfbyte.run.mirror_target import MirrorError, Target, step_of
 
 PAUSES = (10.0, 30.0, 60.0, 180.0, 600.0)  # seconds before a checkpoint that failed is tried again
 ANSWER_SECONDS = 30.0  # in which a mirror must answer when the run begins
@@ -316,12 +316,22 @@ class Mirror:
             self._moved_at = time.monotonic()
 
 
-def _target(where: str, run: str, folder: Path, progress: Callable[[], None]) -> Target:
+def names_in(where: str) -> list[str]:
+    """The names of the runs that the mirror at ``where`` holds. Raises RunError."""
+    try:
+        return _target(where, "run", None, lambda: None).names()
+    except MirrorError as error:
+        raise RunError(f"the mirror {where} cannot be read: {error}.") from error
+
+
+def _target(where: str, run: str, folder: Path | None, progress: Callable[[], None]) -> Target:
     if where.startswith(SCHEME):
         return HubTarget(where, run)
     if "://" in where:
         raise RunError(f"the mirror {where} is neither a folder nor {SCHEME}owner/repo.")
     target = FolderTarget(Path(where).expanduser().absolute(), run, progress)
+    if folder is None:
+        return target
     here, there = folder.resolve(), target.folder.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise RunError(
@@ -329,6 +339,3 @@ def _target(where: str, run: str, folder: Path, progress: Callable[[], None]) ->
             "elsewhere, on another disk if there is one."
         )
     return target
-
-
-__all__ = ["CHECKPOINTS", "Mirror", "MirrorError"]

@@ -58,6 +58,12 @@ class FolderTarget:
             self._known = True
             return identity_of((self.folder / IDENTITY).read_text(encoding="utf-8")) or ""
 
+    def names(self) -> list[str]:
+        with self._one_clause():
+            if not self.root.is_dir():
+                return []
+            return sorted(p.name for p in self.root.iterdir() if (p / IDENTITY).is_file())
+
     def steps(self) -> list[int]:
         with self._one_clause():
             if not self._checkpoints.is_dir():

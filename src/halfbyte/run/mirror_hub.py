@@ -66,6 +66,10 @@ class HubTarget:
         text = found["identity"]
         return None if text is None else identity_of(text) or ""
 
+    def names(self) -> list[str]:
+        found = self._do("names", path="/".join(self.path.split("/")[:-1]), file=IDENTITY)
+        return [str(name) for name in found["names"]]
+
     def steps(self) -> list[int]:
         found = self._do("steps", path=f"{self.path}/{CHECKPOINTS}")
         return [int(step) for step in found["steps"]]
@@ -120,7 +124,7 @@ class HubTarget:
         # Where halfbyte was imported from, in case that is a path this process alone looks in.
         paths = [os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[2])]
         with subprocess.Popen(
-            [sys.executable, "-m", "halfbyte.run.mirror_hub_worker"],
+            [sys.executable, "-P", "-m", "halfbyte.run.mirror_hub_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -53,6 +53,11 @@ def _open(repo: str, make: bool, identity: str) -> dict[str, Any]:
     return {"public": info.private is False, "identity": _text(repo, identity)}
 
 
+def _names(repo: str, path: str, file: str) -> dict[str, Any]:
+    parts = [found.split("/") for found in _files(repo, path)]
+    return {"names": sorted(run for run, *rest in parts if rest == [file])}
+
+
 def _steps(repo: str, path: str) -> dict[str, Any]:
     names = {file.split("/")[0] for file in _files(repo, path) if file.endswith(f"/{MANIFEST}")}
     return {"steps": sorted(step for step in map(step_of, names) if step is not None)}
@@ -114,15 +119,15 @@ def _fetch(repo: str, path: str, into: str) -> dict[str, Any]:
 def _files(repo: str, path: str) -> dict[str, int]:
     """Bytes of the files below ``path``, by their names in it; none where there is no folder."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        tree = list(HfApi().list_repo_tree(repo, path, recursive=True))
-    except RemoteEntryNotFoundError:
+        tree = list(HfApi().list_repo_tree(repo, path or None, recursive=True))
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return {}
     found = (item for item in tree if isinstance(item, RepoFile))
-    return {item.path.removeprefix(f"{path}/"): item.size for item in found}
+    return {item.path.removeprefix(f"{path}/" if path else ""): item.size for item in found}
 
 
 def _text(repo: str, path: str) -> str | None:
@@ -182,6 +187,7 @@ def _clause(error: Exception, repo: str) -> tuple[str, str]:
 
 _DO: dict[str, Callable[..., dict[str, Any]]] = {
     "open": _open,
+    "names": _names,
     "steps": _steps,
     "put": _put,
     "results": _results,

@@ -45,6 +45,9 @@ class Target(Protocol):
     def open(self, *, make: bool) -> str | None:
         """The id of the run that is there; None where none is. ``make``: be ready for one."""
 
+    def names(self) -> list[str]:
+        """The names of all runs that the mirror holds, this one among them if it is there."""
+
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are whole there, ascending."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +63,21 @@ def find_place(
 
 def _newest(runs: Path, recipe_name: str) -> Path | None:
     """The newest run of the name that ``claim_folder`` would give this one."""
+    found = newest_name(begun_in(runs), recipe_name)
+    return None if found is None else runs / found
+
+
+def begun_in(runs: Path) -> list[str]:
+    """The names of the folders in ``runs`` that hold a run."""
+    folders = runs.iterdir() if runs.is_dir() else ()
+    return [path.name for path in folders if (path / EVENTS_FILE).exists()]
+
+
+def newest_name(names: Iterable[str], recipe_name: str) -> str | None:
+    """The newest of the ``names`` that ``claim_folder`` would give a run of this recipe."""
     pattern = re.compile(re.escape(folder_name(recipe_name)) + r"-(\d{4}-\d{2}-\d{2})-(\d+)")
-    found = [
-        (match[1], int(match[2]), path)
-        for path in (runs.iterdir() if runs.is_dir() else ())
-        if (match := pattern.fullmatch(path.name)) and (path / EVENTS_FILE).exists()
-    ]
-    return max(found)[2] if found else None
+    matches = [match for name in names if (match := pattern.fullmatch(name))]
+    return max(matches, key=lambda m: (m[1], int(m[2])))[0] if matches else None
 
 
 def _changes(folder: Path, recipe: Recipe, allow: Collection[str]) -> bool:

@@ -46,6 +46,7 @@ from halfbyte.run.folder import (
 from halfbyte.run.interrupt import StopRequest
 from halfbyte.run.kernel_trial import kernel_trial
 from halfbyte.run.lock import RunLock
+from halfbyte.run.mirroring import Mirroring, bring_back, with_mirror
 from halfbyte.run.outcome import Run
 from halfbyte.run.place import find_place
 from halfbyte.run.record import RunRecord
@@ -70,6 +71,7 @@ def train(
     overwrite: bool = False,
     resume: Path | str | None = None,
     allow: Collection[str] = (),
+    mirror: str | None = None,
     runs: Path | str = Path("runs"),
     listeners: Sequence[Emit] = (),
     command: list[str] | None = None,
@@ -86,7 +88,9 @@ def train(
     ``resume`` goes on with an interrupted run's folder, with the recipe in it unless one is given;
     ``"auto"`` goes on with the run in ``out``, or the newest of that name, and begins one where
     there is none. ``allow`` names what may be another than when the run began: ``"machine"``, or
-    settings such as ``"training.epochs"``.
+    settings such as ``"training.epochs"``. ``mirror`` is ``checkpoints.mirror`` in place of the
+    recipe's: finished checkpoints are copied there, and a run that goes on and whose folder is lost
+    is brought back from there.
 
     Raises a HalfbyteError, and leaves nothing behind, for whatever is wrong before step 1; raises
     DivergenceError, with the folder and its report as they are by then, where the loss or the
@@ -102,9 +106,19 @@ def train(
         if recipe.file is not None:
             recipe_name = recipe_name or recipe.file.stem
             recipe_folder = recipe_folder or recipe.file.parent
-        recipe = with_max_steps(recipe, max_steps)
+        recipe = with_mirror(with_max_steps(recipe, max_steps), mirror)
     with ExitStack() as held:
         stop = held.enter_context(StopRequest(lambda name: record.tell(StopAsked(name))))
+        where = mirror if recipe is None else recipe.checkpoints.mirror
+        if resume is not None and where is not None:
+            bring_back(
+                where,
+                resume=resume,
+                out=None if out is None else Path(out),
+                runs=runs,
+                recipe_name=recipe_name or "run",
+                emit=record,
+            )
         place = find_place(
             recipe,
             out=None if out is None else Path(out),
@@ -120,14 +134,19 @@ def train(
         claimed = place.claimed
         if claimed is not None:
             held.callback(lambda: None if record.opened else claimed.release())
-        held.enter_context(RunLock(folder, tell=lambda text: record(Warned(text))))
+        lock = held.enter_context(RunLock(folder, tell=lambda text: record(Warned(text))))
         held.callback(record.close)
+        copies = held.enter_context(Mirroring(folder, record))
         try:
             resumed = None
             if claimed is None:
                 resumed = open_resumed(folder, wanted=recipe, allow=allow)
             chosen = recipe if resumed is None else resumed.recipe
             assert chosen is not None
+            refuse_secrets(chosen)
+            trackers = held.enter_context(Trackers(chosen, record))
+            record.listeners.append(trackers)
+            chosen = with_mirror(chosen, mirror)
             refuse_secrets(chosen)
             trackers = held.enter_context(Trackers(chosen, record))
             record.listeners.append(trackers)
@@ -146,6 +165,7 @@ def train(
             )
             if resumed is not None:
                 _tell_of_resuming(resumed, record, allow)
+            copies.begin(chosen.checkpoints.mirror, run_id, new=resumed is None)
             if torch.cuda.is_available():
                 key_ahead()
             assembly = assemble(
@@ -166,9 +186,12 @@ def train(
                 record.open(folder)
                 trackers.begin(assembly.recipe, folder)
                 point_latest(folder, runs)
-                return _run(assembly, trainer, record, folder, began, resumed, stop)
+                return _run(assembly, trainer, record, folder, began, resumed, stop, lock, copies)
         except Exception as error:
-            if isinstance(error, HalfbyteError) or not is_disk_full(error):
+            if isinstance(error, HalfbyteError):
+                raise
+            lock.check()  # what failed may have lost its folder
+            if not is_disk_full(error):
                 raise
             raise RunError(
                 f"the disk of {folder} is full; free some space"
@@ -261,6 +284,8 @@ def _run(
     began: float,
     resumed: Resumed | None,
     stop: StopRequest,
+    lock: RunLock,
+    copies: Mirroring,
 ) -> Run:
     """The steps, and what comes after them."""
     recipe, resolved = assembly.recipe, assembly.resolved
@@ -277,7 +302,8 @@ def _run(
             packs=None if assembly.packs is None else assembly.packs.count,
         )
     )
-    watch = Watch(assembly, trainer, record, folder)
+    watch = Watch(assembly, trainer, record, folder, copies, may_write=lock.check)
+    copies.follow(watch.writer)
     if assembly.device.kind == "cuda":
         import_ahead()
     point = None if resumed is None else resumed.point
@@ -293,10 +319,11 @@ def _run(
             first=1 if point is None else point.state.step + 1,
             last=resolved.steps,
             after=[watch.note_step, watch.evaluate, watch.checkpoint],
-            stop=lambda: stop.requested,
+            stop=lambda: stop.requested or lock.lost is not None,
             lag=0 if assembly.device.kind == "cpu" else LAG,
             needs_state=watch.needs_state,
         )
+        lock.check()
         if last < resolved.steps:
             watch.save(last)
         watch.finish_saving()
@@ -311,6 +338,7 @@ def _run(
         return Run.make(folder, interrupted=True, signal=stop.name)
     end_run(assembly, trainer, watch, record, folder)
     record(Finished(last, time.time() - began))
+    copies.ended = True
     return Run.make(folder, interrupted=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,7 @@ from halfbyte.run.divergence import SkippedSteps, named_rows, sentence
 from halfbyte.run.energy import EnergyMeter
 from halfbyte.run.fingerprint import package_versions
 from halfbyte.run.folder import GOES_ON_WITH
+from halfbyte.run.mirroring import Mirroring
 from halfbyte.run.record import RunRecord
 from halfbyte.run.setup import Trainer
 
@@ -35,12 +37,20 @@ class Watch:
     """
 
     def __init__(
-        self, assembly: Assembly, trainer: Trainer, record: RunRecord, folder: Path
+        self,
+        assembly: Assembly,
+        trainer: Trainer,
+        record: RunRecord,
+        folder: Path,
+        copies: Mirroring,
+        may_write: Callable[[], None],
     ) -> None:
         self.assembly = assembly
         self.trainer = trainer
         self.record = record
         self.folder = folder
+        self.copies = copies
+        self.may_write = may_write  # raises RunError where another process has the folder
         self.writer = CheckpointWriter(
             folder / "checkpoints", assembly.recipe.checkpoints.keep_last
         )
@@ -131,6 +141,7 @@ class Watch:
         if self._submitted == step:
             return
         began = time.perf_counter()
+        self.may_write()
         if not torch.isfinite(self.trainer.parameters.data).all():
             reason = f"the adapter is no longer finite after step {step:,}"
             self._stop(Diverged(step, reason, [], self._last_checkpoint()), updated=True)
@@ -165,6 +176,7 @@ class Watch:
         self._note_written()
 
     def _note_written(self) -> None:
+        self.copies.tell()
         for written in self.writer.poll():
             state = written.state
             self._saved = state.step
@@ -174,6 +186,7 @@ class Watch:
                     state.step, path, state.held_out_loss, written.seconds, self._stood_still
                 )
             )
+            self.copies.copy(written)
 
     def last_loss(self, step: int) -> float | None:
         """The held-out loss of ``step``, if that was the last one measured."""
