@@ -27,7 +27,7 @@ from halfbyte.data.batching import Batches
 from halfbyte.engine.scaler import LossScaler
 from halfbyte.errors import DivergenceError
 from halfbyte.events import read_events
-from halfbyte.events.types import Diverged, Event, Step, Warned
+from halfbyte.events.types import Diverged, Event, Noticed, Step
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.run.divergence import SKIPS_IN_A_ROW, SkippedSteps, named_rows, sentence
@@ -232,8 +232,8 @@ def test_an_update_left_out_does_not_move_the_schedule(
     assert [step.step for step in done if step.skipped] == [3, 7]
     expected = [*rates[:3], *rates[2:6], *rates[5:10]]
     assert [step.learning_rate for step in done] == expected
-    warned = [e.step for e in events(run.folder) if isinstance(e, Warned) and e.step is not None]
-    assert warned == [3, 7]
+    noticed = [(e.name, e.step) for e in events(run.folder) if isinstance(e, Noticed)]
+    assert noticed == [("gradient_not_finite", 3), ("gradient_not_finite", 7)]
 
 
 def test_gradients_that_are_never_finite_again_end_the_run(

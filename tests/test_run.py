@@ -107,7 +107,7 @@ def test_the_adapter_with_the_lowest_held_out_loss_is_kept(
     # What is measured is made up, since a model this small gets better to the end.
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 3.2] * 2)
     monkeypatch.setattr(
-        "halfbyte.run.watch.held_out_loss", lambda *_: HeldOutLoss(next(losses), 10, 4)
+        "halfbyte.run.watch.held_out_loss", lambda *_, **__: HeldOutLoss(next(losses), 10, 4)
     )
     asked = recipe(tiny_model, tiny_rows)
     run = train(asked, out=tmp_path / "run", runs=tmp_path)

@@ -29,6 +29,7 @@ class CheckpointState:
     hashes: dict[str, str]  # SHA-256 of rows, data files and the base model's files, by what it is
     skipped: int = 0  # of the finished steps, those that made no update
     interventions: list[dict[str, Any]] = field(default_factory=list)  # rolled back, rates lowered
+    watching: dict[str, Any] = field(default_factory=dict)  # what run/reacting.py keeps of the past
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -58,6 +59,7 @@ class CheckpointState:
             )
         listed = raw.get("interventions", [])
         _require(isinstance(listed, list) and all(isinstance(i, dict) for i in listed), "steps")
+        _require(isinstance(raw.get("watching", {}), dict), "watching")
         try:
             return cls(**raw)
         except TypeError as error:

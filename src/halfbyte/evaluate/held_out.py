@@ -34,11 +34,16 @@ class HeldOutLoss:
 
 @torch.no_grad()
 def held_out_loss(
-    model: QLoRAModel, rows: Sequence[TokenizedRow], *, tokens_at_once: int | None = None
+    model: QLoRAModel,
+    rows: Sequence[TokenizedRow],
+    *,
+    tokens_at_once: int | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> HeldOutLoss:
     """The mean over all labelled tokens of ``rows``; dropout off, weights untouched.
 
     ``tokens_at_once`` is by default what the model's memory allows, by how its weights are kept.
+    ``after_batch`` is called when each batch is done.
     """
     tokens_at_once = tokens_at_once or _tokens_at_once(model)
     training = model.network.training
@@ -48,6 +53,7 @@ def held_out_loss(
     for batch in batches_of(rows, tokens_at_once):
         total += model.loss_sum(batch).double().cpu()
         labels += batch.num_labels
+        after_batch()
     model.network.train(training)
     return HeldOutLoss(total.item() / max(1, labels), labels, len(rows))
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from halfbyte.engine.scaler import LossScaler
+from halfbyte.events.types import Noticed
 from halfbyte.loop.steps import FinishedStep
 
 # Halving so often brings a loss scale of 2^16 to 1 and leaves four steps to show that it helped.
@@ -29,11 +30,24 @@ class SkippedSteps:
         self.scaler = scaler
         self.name_rows = name_rows
         self.count = 0  # since step 1, in earlier processes as well
-        self._in_a_row = 0
+        self.in_a_row = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many steps in a row made no update that the run must end."""
+        return self.in_a_row >= SKIPS_IN_A_ROW
+
+    def pass_over(self) -> None:
+        """Count a step that was not made at all, as its batch is left out."""
+        self.count += 1
+
+    def forgive(self) -> None:
+        """The last step's batch is left out from now on: it counts as one that was not made."""
+        self.in_a_row -= 1
 
     def note(self, step: FinishedStep) -> str | None:
         """Count ``step``, which has been read; returns why training cannot go on, or None."""
-        self._in_a_row = 0 if step.updated else self._in_a_row + 1
+        self.in_a_row = 0 if step.updated else self.in_a_row + 1
         self.count += not step.updated
         # The scale is waited for only here: most steps never ask for it.
         if not math.isfinite(step.loss) and (
@@ -41,10 +55,10 @@ class SkippedSteps:
         ):
             what = f"the loss of step {step.number:,} is {_word(step.loss)}"
             return f"{what} on {self.name_rows(step)}"
-        if self._in_a_row >= SKIPS_IN_A_ROW:
+        if self.exhausted:
             return (
                 f"the gradient of step {step.number:,}, of {self.name_rows(step)}, is the "
-                f"{self._in_a_row}th in a row that is not finite"
+                f"{self.in_a_row}th in a row that is not finite"
             )
         return None
 
@@ -61,6 +75,15 @@ def sentence(reason: str, checkpoint: str | None, *, updated: bool, scaled: bool
     if not updated:
         todo = f"look at these rows, or {todo}"
     return f"{reason}, so training stopped{left}; {last}; {todo}."
+
+
+def stop_sentence(noticed: Noticed, limit: str, checkpoint: str | None) -> str:
+    """The same for what was noticed while everything was finite; ``limit`` says why the run went
+    back no more, where that ended it."""
+    last = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+    why = f", and {limit}, so training stopped" if limit else ", so training stopped"
+    says = "" if limit else f", as watch.{noticed.name} says"
+    return f"{noticed.text}{why}{says}; {last}; {noticed.todo}."
 
 
 def named_rows(rows: Sequence[int], sources: Sequence[int] = (), paths: Sequence[str] = ()) -> str:

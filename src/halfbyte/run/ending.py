@@ -36,10 +36,11 @@ from halfbyte.run.watch import Watch
 
 
 def end_run(
-    assembly: Assembly, trainer: Trainer, watch: Watch, record: RunRecord, folder: Path
+    assembly: Assembly, trainer: Trainer, watch: Watch, record: RunRecord, folder: Path, last: int
 ) -> None:
-    """Keep an adapter, save and check it, answer prompts with and without it."""
-    kept = _keep(assembly, trainer, watch)
+    """Keep an adapter, save and check it, answer prompts with and without it; ``last`` is the
+    step that the run ended with."""
+    kept = _keep(assembly, trainer, watch, last)
     record(kept)
     if assembly.data.held_out and assembly.recipe.evaluation.base_loss:
         with record.phase("base loss"), record.timed() as seconds:
@@ -56,9 +57,8 @@ def end_run(
             record(Artifact(str(path.relative_to(folder)), path.stat().st_size, digest))
 
 
-def _keep(assembly: Assembly, trainer: Trainer, watch: Watch) -> Kept:
+def _keep(assembly: Assembly, trainer: Trainer, watch: Watch, last: int) -> Kept:
     """Put the weights that the run keeps into the model."""
-    last = assembly.resolved.steps
     if assembly.recipe.evaluation.keep == "last" or watch.best_adapter is None:
         loss = watch.last_loss(last)
         asked = assembly.recipe.evaluation.keep == "last"

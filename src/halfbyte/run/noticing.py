@@ -30,7 +30,7 @@ SPAN_STEPS, SPAN_ROWS = 60, 500
 RISES, RISE = 2, 0.01
 
 
-def span_of(rows_in_step: int, warmup_steps: int) -> int:
+def span_of(rows_in_step: float, warmup_steps: int) -> int:
     """Steps after which ``no_learning`` is judged; the rate has risen in its first third."""
     return max(SPAN_STEPS, math.ceil(SPAN_ROWS / rows_in_step), 3 * warmup_steps)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.events import read_events
-from halfbyte.events.types import Evaluated, Step
+from halfbyte.events.types import Evaluated
+
+if TYPE_CHECKING:
+    from halfbyte.report.done_steps import DoneSteps
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Run:
         from halfbyte.report import make_report
 
         make_report(folder)
-        steps = [r.event.step for r in read_events(folder) if isinstance(r.event, Step)]
+        steps = [step.step for step in _done(folder).steps]
         return cls(folder, interrupted, max(steps, default=0), signal)
 
     @property
@@ -40,9 +44,8 @@ class Run:
         return self.folder / "report.html"
 
     def losses(self) -> list[tuple[int, float]]:
-        """Training loss by step; a step done twice after a resume counts as done last."""
-        events = (record.event for record in read_events(self.folder))
-        return sorted({e.step: e.loss for e in events if isinstance(e, Step)}.items())
+        """Training loss by step; one done twice counts as done last, one passed over has none."""
+        return [(step.step, step.loss) for step in _done(self.folder).steps if not step.left_out]
 
     def held_out(self) -> dict[str, list[tuple[int, float]]]:
         """Held-out losses as (step, loss) by what was measured: base, quantized base, adapter."""
@@ -53,3 +56,12 @@ class Run:
                     (record.event.step, record.event.loss)
                 )
         return found
+
+
+def _done(folder: Path) -> DoneSteps:
+    from halfbyte.report.done_steps import DoneSteps
+
+    done = DoneSteps()
+    for record in read_events(folder):
+        done.take(record.event)
+    return done

@@ -107,7 +107,7 @@ def open_resumed(
     """
     require_run(folder)
     remove_remains(folder / CHECKPOINTS)
-    point, path, damaged = _newest(folder)
+    point, path, damaged = newest_point(folder)
     own = folder / "recipe.yaml"
     began = load_recipe(path / own.name if path is not None else own)
     consented = set(allow)
@@ -127,7 +127,7 @@ def open_resumed(
 _LONGER = ("training.epochs", "training.max_steps")
 
 
-def _newest(folder: Path) -> tuple[Point | None, Path | None, list[str]]:
+def newest_point(folder: Path) -> tuple[Point | None, Path | None, list[str]]:
     """The newest checkpoint that is whole, where it lies, and what is wrong with newer ones."""
     damaged: list[str] = []
     for path in reversed(checkpoints_in(folder / CHECKPOINTS)):

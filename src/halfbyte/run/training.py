@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,11 @@ from halfbyte.run.lock import RunLock
 from halfbyte.run.mirroring import Mirroring, bring_back, with_mirror
 from halfbyte.run.outcome import Run
 from halfbyte.run.place import find_place
+from halfbyte.run.reacting import GoBackError
 from halfbyte.run.record import RunRecord
 from halfbyte.run.resume import Resumed, open_resumed
 from halfbyte.run.setup import Trainer, capture, load_model, make_trainer, strategy
+from halfbyte.run.stepper import Stepper
 from halfbyte.run.strategy import FILE_NAME as STRATEGY_FILE
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
@@ -300,9 +302,12 @@ def _run(
             device=assembly.device.name,
             precision=str(recipe.precision),
             packs=None if assembly.packs is None else assembly.packs.count,
+            watched=True,
         )
     )
-    watch = Watch(assembly, trainer, record, folder, copies, may_write=lock.check)
+    watch = Watch(
+        assembly, trainer, record, folder, copies, may_write=lock.check, lag=lag_of(assembly)
+    )
     copies.follow(watch.writer)
     if assembly.device.kind == "cuda":
         import_ahead()
@@ -310,18 +315,13 @@ def _run(
     try:
         stop.stepping = True
         if point is None:
+            watch.keep_start()
             watch.evaluate_start()
         else:
             watch.go_on_from(point.state, point.best)
-        last = run_steps(
-            trainer.take_step,
-            assembly.batches.step,
-            first=1 if point is None else point.state.step + 1,
-            last=resolved.steps,
-            after=[watch.note_step, watch.evaluate, watch.checkpoint],
-            stop=lambda: stop.requested or lock.lost is not None,
-            lag=0 if assembly.device.kind == "cpu" else LAG,
-            needs_state=watch.needs_state,
+        done = 0 if point is None else point.state.step
+        last = _steps(
+            assembly, trainer, watch, record, lambda: stop.requested or lock.lost is not None, done
         )
         lock.check()
         if last < resolved.steps:
@@ -333,13 +333,45 @@ def _run(
         Run.make(folder, interrupted=True)  # writes the report of what there is
         raise
     watch.note_energy()
-    if last < resolved.steps:
+    if last < resolved.steps and not watch.ended_early:
         record(Interrupted(last, stop.name))
         return Run.make(folder, interrupted=True, signal=stop.name)
-    end_run(assembly, trainer, watch, record, folder)
+    end_run(assembly, trainer, watch, record, folder, last)
     record(Finished(last, time.time() - began))
     copies.ended = True
     return Run.make(folder, interrupted=False)
+
+
+def _steps(
+    assembly: Assembly,
+    trainer: Trainer,
+    watch: Watch,
+    record: RunRecord,
+    stop: Callable[[], bool],
+    done: int,
+) -> int:
+    """The steps after ``done``, some of them again where the run goes back; returns the last."""
+    stepper = Stepper(trainer, assembly.batches, lambda: watch.interventions, record.work)
+    while not watch.ended_early:
+        try:
+            return run_steps(
+                stepper.take,
+                stepper.batches,
+                first=done + 1,
+                last=assembly.resolved.steps,
+                after=[watch.note_step, watch.evaluate, watch.checkpoint],
+                stop=lambda: stop() or watch.ended_early,
+                lag=lag_of(assembly),
+                needs_state=watch.needs_state,
+            )
+        except GoBackError as back:
+            done = watch.go_back(back)
+    return done
+
+
+def lag_of(assembly: Assembly) -> int:
+    """How many steps late a step is read at most."""
+    return 0 if assembly.device.kind == "cpu" else LAG
 
 
 def _bytes_written(trainer: Trainer, keep_last: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,15 +19,27 @@ from halfbyte.checkpoint.writer import CheckpointWriter
 from halfbyte.errors import DivergenceError
 from halfbyte.evaluate.held_out import held_out_loss
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
-from halfbyte.events.types import Checkpointed, Diverged, Evaluated, Step, Warned
+from halfbyte.events.types import (
+    Checkpointed,
+    Diverged,
+    Evaluated,
+    Noticed,
+    RolledBack,
+    Step,
+    Warned,
+)
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.run.assembly import Assembly
-from halfbyte.run.divergence import SkippedSteps, named_rows, sentence
+from halfbyte.run.divergence import SkippedSteps, named_rows, sentence, stop_sentence
 from halfbyte.run.energy import EnergyMeter
 from halfbyte.run.fingerprint import package_versions
 from halfbyte.run.folder import GOES_ON_WITH
+from halfbyte.run.interventions import Interventions
 from halfbyte.run.mirroring import Mirroring
+from halfbyte.run.noticing import Noticing, span_of
+from halfbyte.run.reacting import GoBackError, Reactions
 from halfbyte.run.record import RunRecord
+from halfbyte.run.resume import Point, newest_point
 from halfbyte.run.setup import Trainer
 
 
@@ -44,7 +57,9 @@ class Watch:
         folder: Path,
         copies: Mirroring,
         may_write: Callable[[], None],
+        lag: int,
     ) -> None:
+        """``lag`` is how many steps late a step is read at most."""
         self.assembly = assembly
         self.trainer = trainer
         self.record = record
@@ -62,10 +77,42 @@ class Watch:
         self._saved = 0  # and of the last that is whole
         self._stood_still = 0.0  # seconds for the checkpoint that is being written
         self.skipped = SkippedSteps(trainer.scaler, self._name_rows)
+        self.reactions = self._reactions(lag)
         # Kept on the host: a rate read from the device would wait for all steps queued there.
-        self._rates: list[float] = trainer.step.learning_rates.tolist()
+        self._schedule = trainer.step.learning_rates.cpu().clone()
+        self._rates: tuple[list[float], list[float]] | None = None  # factors, rates with them
+        self._start: Point | None = None
         self._process = psutil.Process()
         self._energy = EnergyMeter(assembly.device.kind)
+
+    def _reactions(self, lag: int) -> Reactions:
+        training = self.assembly.recipe.training
+        rows = len(self.assembly.data.train) / self.assembly.resolved.steps_per_epoch
+        noticing = Noticing(
+            self.assembly.recipe.watch,
+            clip=training.max_grad_norm,
+            span=span_of(rows, int(training.warmup_steps)),
+            scaled=self.trainer.scaler.enabled,
+            name_rows=self._name_rows,
+        )
+        return Reactions(
+            self.assembly.recipe,
+            noticing,
+            self.skipped,
+            self.record,
+            lag=lag,
+            sources=self._sources,
+            stop=self._stop_for,
+        )
+
+    @property
+    def interventions(self) -> Interventions:
+        return self.reactions.interventions
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the held-out loss has ended the run."""
+        return self.reactions.early.stopped is not None
 
     def evaluate_start(self) -> None:
         """Held-out loss of the quantized base: the adapter adds nothing before step 1, or nothing
@@ -81,24 +128,43 @@ class Watch:
             self._last_loss = (state.step, state.held_out_loss)
         self._submitted = self._saved = state.step
         self.skipped.count = state.skipped
+        self.reactions.go_on_from(state.interventions, state.watching)
+
+    def keep_start(self) -> None:
+        """Remember how a run begins, where it may have to go back there."""
+        if self.reactions.may_go_back:
+            self._start = Point(self._state(0), copy_to_host(self.trainer.state()), None)
+
+    def go_back(self, back: GoBackError) -> int:
+        """Put everything back to the last checkpoint before a step whose batch is left out from
+        now on; returns the step of that checkpoint."""
+        self.finish_saving()
+        point, _, damaged = newest_point(self.folder)
+        for what in damaged:
+            self.record(Warned(f"{what}; going back to an earlier one"))
+        point = point or self._start
+        assert point is not None
+        self.trainer.load_state(point.tensors)
+        self.interventions.go_back_to(point.state.step)
+        self.record(RolledBack(back.step, point.state.step, back.why))
+        self.go_on_from(replace(point.state, interventions=self.interventions.plain()), point.best)
+        return point.state.step
 
     def needs_state(self, step: int) -> bool:
         """Whether something that follows ``step`` must find the weights that it left."""
         return self._evaluates(step) or self._checkpoints(step)
 
     def note_step(self, step: FinishedStep) -> None:
-        """Emit the step's event. Raises DivergenceError where training cannot go on, and whatever
-        kept the last checkpoint from being written."""
+        """Emit the step's event. Raises DivergenceError where training cannot go on, GoBackError
+        where it is to go on from the last checkpoint, and whatever kept that from being written."""
         self._note_written()
-        # A step that makes no update does not advance the schedule.
-        learning_rate = self._rates[step.number - 1 - self.skipped.count]
         in_use, reserved = self._memory()
         self.record(
             Step(
                 step=step.number,
                 epoch=step.number / self.assembly.resolved.steps_per_epoch,
                 loss=step.loss,
-                learning_rate=learning_rate,
+                learning_rate=self._rate(step.number),
                 grad_norm=step.grad_norm,
                 tokens=step.tokens,
                 labels=step.labels,
@@ -106,17 +172,10 @@ class Watch:
                 memory_bytes=in_use,
                 skipped=not step.updated,
                 reserved_bytes=reserved,
+                left_out=self.interventions.leaves_out(step.number),
             )
         )
-        reason = self.skipped.note(step)
-        if reason is not None:
-            sources = self._sources(step)
-            self._stop(
-                Diverged(step.number, reason, list(step.rows), self._last_checkpoint(), sources),
-                updated=step.updated,
-            )
-        if not step.updated and not self.trainer.scaler.enabled:
-            self.record(Warned("the gradient was not finite: no update was made", step.number))
+        self.reactions.step(step)
 
     def evaluate(self, step: FinishedStep) -> None:
         """Held-out loss where the recipe wants it, and after the last step."""
@@ -127,6 +186,7 @@ class Watch:
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss = step.number, loss
             self.best_adapter = self.trainer.adapter()
+        self.reactions.evaluation(step.number, loss)
 
     def checkpoint(self, step: FinishedStep) -> None:
         """A checkpoint where the recipe wants one, and after the last step."""
@@ -145,19 +205,8 @@ class Watch:
         if not torch.isfinite(self.trainer.parameters.data).all():
             reason = f"the adapter is no longer finite after step {step:,}"
             self._stop(Diverged(step, reason, [], self._last_checkpoint()), updated=True)
-        state = CheckpointState(
-            run_id=self.assembly.run_id,
-            step=step,
-            held_out_loss=self.last_loss(step),
-            best_step=self.best_step,
-            best_loss=self.best_loss,
-            versions=package_versions(),
-            device=self.assembly.device.name,
-            hashes=self.assembly.hashes,
-            skipped=self.skipped.count,
-        )
         snapshot = Snapshot(
-            state=state,
+            state=self._state(step),
             tensors=copy_to_host(self.trainer.state()),
             best=None if self.best_step in (None, step) else self.best_adapter,
             weights=self.assembly.weights.result,
@@ -169,6 +218,21 @@ class Watch:
         self._note_written()
         self._submitted = step
         self._stood_still = time.perf_counter() - began
+
+    def _state(self, step: int) -> CheckpointState:
+        return CheckpointState(
+            run_id=self.assembly.run_id,
+            step=step,
+            held_out_loss=self.last_loss(step),
+            best_step=self.best_step,
+            best_loss=self.best_loss,
+            versions=package_versions(),
+            device=self.assembly.device.name,
+            hashes=self.assembly.hashes,
+            skipped=self.skipped.count,
+            interventions=self.interventions.plain(),
+            watching=self.reactions.state(),
+        )
 
     def finish_saving(self) -> None:
         """Return when every checkpoint that was begun is whole on the disk."""
@@ -219,6 +283,13 @@ class Watch:
         every = int(self.assembly.recipe.checkpoints.every_steps)
         return step % every == 0 or step == self.assembly.resolved.steps
 
+    def _rate(self, step: int) -> float:
+        """The learning rate of ``step``; one that makes no update does not advance the schedule."""
+        factors = self.interventions.factors(step)
+        if self._rates is None or self._rates[0] != factors:
+            self._rates = factors, self.interventions.rates(self._schedule, step).tolist()
+        return self._rates[1][step - 1 - self.skipped.count]
+
     def _last_checkpoint(self) -> str | None:
         self.finish_saving()
         return f"checkpoints/step-{self._saved}" if self._saved else None
@@ -229,9 +300,22 @@ class Watch:
         scaled = self.trainer.scaler.enabled
         raise DivergenceError(sentence(event.reason, path, updated=updated, scaled=scaled))
 
+    def _stop_for(self, noticed: Noticed, updated: bool, limit: str) -> NoReturn:
+        checkpoint = self._last_checkpoint()
+        reason = f"{noticed.text}, and {limit}" if limit else noticed.text
+        event = Diverged(noticed.step, reason, noticed.rows, checkpoint, noticed.sources)
+        if noticed.name in ("loss_not_finite", "gradient_not_finite"):
+            self._stop(event, updated=updated)
+        self.record(event)
+        path = str(self.folder / checkpoint) if checkpoint else None
+        raise DivergenceError(stop_sentence(noticed, limit, path))
+
     def _measure(self, step: int, what: str) -> float:
+        self.record.work.mark("held-out loss")
         with self.record.timed() as seconds:
-            found = held_out_loss(self.trainer.model, self.assembly.data.held_out)
+            found = held_out_loss(
+                self.trainer.model, self.assembly.data.held_out, after_batch=self.record.work.mark
+            )
         self.record(Evaluated(step, what, found.loss, found.labels, found.rows, seconds()))
         return found.loss
 

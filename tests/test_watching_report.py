@@ -1,0 +1,167 @@
+"""What a report says of a run that was watched, went back, or ended early."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from halfbyte.events import EventLog, Record, read_events
+from halfbyte.events.types import (
+    Event,
+    Finished,
+    Kept,
+    Noticed,
+    RateLowered,
+    RolledBack,
+    RunStarted,
+    Step,
+    StoppedEarly,
+)
+from halfbyte.report import make_report
+from halfbyte.report.result import five_sentences
+from halfbyte.report.story import read_story
+from halfbyte.report.verdicts import verdicts
+from run_records import BEGAN, write_run
+
+WATCHED: dict[str, dict[str, Any]] = {"training_started": {"watched": True}}
+SPIKE = Noticed(
+    "loss_spike",
+    "warning",
+    60,
+    "the loss of step 60 is 9.120 on rows 4, 18 and 71, where 1.611 ± 0.130 was usual",
+    "look at these rows",
+    "rollback",
+    [3, 17, 70],
+)
+LEFT_OUT = Step(60, 1.5, math.nan, 1e-4, math.nan, 0, 0, 0.0, 2**30, skipped=True, left_out=True)
+
+
+def recorded(folder: Path) -> dict[int, Step]:
+    return {e.step: e for r in read_events(folder) if isinstance(e := r.event, Step)}
+
+
+def add(folder: Path, *events: Event) -> None:
+    with EventLog(folder) as log:
+        for number, event in enumerate(events):
+            log.write(Record(BEGAN + 5_000 + number, event))
+
+
+def rolled_back(folder: Path) -> Path:
+    """Steps 1 to 60, a spike in 60; back to step 48, and on to step 72 without 60."""
+    write_run(folder, done=60, end="cut", losses={60: 9.12}, events=WATCHED)
+    first = recorded(folder)
+    again = [dataclasses.replace(first[n], loss=first[n].loss + 0.25) for n in range(49, 60)]
+    more = [dataclasses.replace(first[40], step=n) for n in range(61, 73)]
+    add(folder, SPIKE, RolledBack(60, 48, "loss_spike"), *again, LEFT_OUT, *more)
+    return folder
+
+
+def test_a_batch_left_out(tmp_path: Path) -> None:
+    folder = rolled_back(tmp_path / "run")
+    before = {n: step.loss for n, step in recorded(write_run(tmp_path / "before")).items()}
+    story = read_story(folder)
+    assert [s.step for s in story.steps] == list(range(1, 73))
+    assert story.repeated_steps == 12
+    assert story.steps[47].loss == before[48]
+    assert story.steps[50].loss == before[51] + 0.25
+    assert story.noticed == [SPIKE]
+    assert [c.step for c in story.checkpoints] == [12, 24, 36, 48]
+    assert [e.step for e in story.evaluations] == [12, 24, 36, 48]
+    expected = [before[n] + 0.25 for n in range(51, 60)]
+    mean = story.windowed_loss(60)
+    assert mean is not None
+    assert math.isclose(mean, sum(expected) / len(expected))
+    verdict = next(v for v in verdicts(story) if "finite number" in v.name)
+    assert verdict.passed
+    assert "1\xa0batch left out, as the recipe says" in verdict.detail
+    report = make_report(folder)
+    markdown = report.markdown.read_text(encoding="utf-8")
+    assert "The loss of step 60 is 9.120 on rows 4, 18 and 71" in markdown
+    assert (
+        "The batch was left out: the run went back to step 48 and passed over step 60." in markdown
+    )
+    page = report.html.read_text(encoding="utf-8")
+    assert "The batch was left out" in page
+    assert "lines mark what was noticed at step 60" in page
+    assert "noticed while it ran" in page  # the plot's own text
+
+
+def test_a_later_process_that_passes_over_it_in_silence(tmp_path: Path) -> None:
+    """Its checkpoint of step 55 has the batch left out; that of step 48 would not."""
+    for start, known in ((55, True), (48, False)):
+        folder = rolled_back(tmp_path / f"run-{start}")
+        steps = recorded(folder)
+        on = [steps[n] for n in range(start + 1, 60)]
+        then = LEFT_OUT if known else dataclasses.replace(steps[59], step=60)
+        add(folder, RunStarted("0.1.0", ["halfbyte"], "run", start), *on, then)
+        story = read_story(folder)
+        assert story.noticed == ([SPIKE] if known else [])
+        assert [b.to for b in story.rolled_back] == ([48] if known else [])
+        assert story.last_step == 60
+        assert "went back to step 48" in make_report(folder).markdown.read_text() or not known
+
+
+def test_what_was_said_and_what_was_done(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", end="cut", events=WATCHED)
+    clipped = Noticed("gradient_clipped", "note", 110, "it was clipped", "no harm is done")
+    lowered = dataclasses.replace(SPIKE, step=70, action="lower_rate")
+    many = [
+        Noticed(
+            "gradient_not_finite", "warning", n, f"the gradient of step {n} is not finite", "look"
+        )
+        for n in range(80, 88)
+    ]
+    stopped = Noticed("no_learning", "warning", 120, "the loss has not fallen", "see", "stop")
+    add(folder, lowered, RateLowered(70, 71, 0.5, "loss_spike"), *many, clipped, stopped)
+    lines = make_report(folder).markdown.read_text(encoding="utf-8").replace("\\_", "_").split("\n")
+    text = " ".join(lines[lines.index("### Watching") :])
+    for words in (
+        "The learning rate was multiplied by 0.5 from step 71 on.",
+        "It was clipped. No harm is done.",
+        "The run was stopped there, as watch.no_learning says.",
+        "Not shown: 3 more of gradient_not_finite, the last at step 87.",
+    ):
+        assert words in text, words
+    assert text.index("step 60 is") < text.index("gradient_not_finite") < text.index("clipped")
+
+
+def test_nothing_noticed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", events=WATCHED)
+    page = make_report(folder).markdown.read_text(encoding="utf-8")
+    assert "every held-out loss were watched while it ran; nothing was noticed." in page
+    old = write_run(tmp_path / "old")  # a record from before there was any watching
+    page = make_report(old).markdown.read_text(encoding="utf-8")
+    assert "Watching" not in page
+
+
+def test_a_run_that_ended_early(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", done=84, end="cut", worse_after=48, events=WATCHED)
+    losses = {e["step"]: e["loss"] for e in map(json.loads, _lines(folder)) if _is_adapter(e)}
+    best = min(losses, key=lambda step: losses[step])
+    add(
+        folder,
+        StoppedEarly(84, 3, best, losses[best]),
+        Kept(best, "the lowest held-out loss", losses[best]),
+        Finished(84, 99.0),
+    )
+    story = read_story(folder)
+    assert "ended before step 120 as the held-out loss fell no more" in five_sentences(story)[0]
+    verdict = next(v for v in verdicts(story) if v.name.startswith("every planned step"))
+    assert verdict.passed
+    assert "finished early" in verdict.detail
+    page = make_report(folder).markdown.read_text(encoding="utf-8")
+    assert (
+        "The steps ended early, after 84 of 120: 3 evaluations in a row brought no new lowest "
+        f"held-out loss, the lowest having been {losses[best]:.4f} after step {best}"
+    ) in page
+
+
+def _lines(folder: Path) -> list[str]:
+    return (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def _is_adapter(event: dict[str, Any]) -> bool:
+    return event["kind"] == "evaluation" and event["what"] == "adapter"
