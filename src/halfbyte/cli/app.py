@@ -16,6 +16,7 @@ from halfbyte.cli.errors import Commands
 from halfbyte.cli.init import init
 from halfbyte.cli.recipe import recipe
 from halfbyte.cli.report import report
+from halfbyte.cli.status import status
 from halfbyte.cli.train import Train, train
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command(short_help="Write a recipe for your own rows.")(init)
 app.command(short_help="Show what training will see, and what is wrong with it.")(data)
 app.command(short_help="Show a recipe's settings, each with its reason.")(recipe)
 app.command(short_help="Write a run's report again, or compare several.")(report)
+app.command(short_help="Say whether a run goes on, hangs or has ended.")(status)
 app.command(short_help="Talk with a fine-tuned model.")(chat)
 app.command(short_help="Fine-tune a small real model here and now.")(demo)
 app.command(short_help="Say what of this machine is used, what is missing.")(doctor)
