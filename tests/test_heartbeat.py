@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_half_a_minute_without_an_event_gives_one(tmp_path: Path, clock: Clock) 
     assert not any(isinstance(event, Heartbeat) for event in heard)
     record.close()
     record.beat()  # the file is closed: nothing happens
+
+
+def test_signs_before_there_is_a_record(tmp_path: Path, clock: Clock) -> None:
+    """So that a model that is being read can be told from one that hangs; nothing of it stays."""
+    record = RunRecord()
+    record.prepare(tmp_path)
+    with record.phase("quantize"):
+        clock.now += 31
+        assert record.beat() == 30
+        sign = json.loads((tmp_path / heartbeat.STARTING).read_text(encoding="utf-8"))
+        assert (sign["doing"], sign["since"]) == ("quantize", 31.0)
+        assert [path.name for path in tmp_path.iterdir()] == [heartbeat.STARTING]
+    record.open(tmp_path)
+    clock.now += 31
+    record.beat()
+    assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
+    assert signs(tmp_path) == [("starting", 31.0)]
+    record.close()
+    failed = RunRecord()
+    failed.prepare(tmp_path)
+    failed.beat()
+    assert (tmp_path / heartbeat.STARTING).exists()
+    failed.close()
+    assert not (tmp_path / heartbeat.STARTING).exists()
 
 
 def test_what_got_further_is_told_in_a_phase(tmp_path: Path, clock: Clock) -> None:

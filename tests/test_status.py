@@ -17,6 +17,7 @@ from halfbyte.cli.app import app
 from halfbyte.errors import RunError
 from halfbyte.events import EventLog, Record, read_events
 from halfbyte.events.types import Finished, Heartbeat, RunStarted, Step
+from halfbyte.run.heartbeat import STARTING
 from halfbyte.run.lock import FILE_NAME, RunLock
 from halfbyte.run.lock_holder import decoded, this_process
 from halfbyte.run.status import Status, run_status
@@ -105,6 +106,11 @@ def test_a_process_that_has_not_written_anything_yet(tmp_path: Path) -> None:
     new.mkdir()
     (new / FILE_NAME).write_bytes(this_process("x" * 32, 5.0).encoded())
     found = run_status(new, sleep=counting(new))
+    assert found.doing == ""
+    text = json.dumps({"time": 1000.0, "doing": "quantize", "since": 40.0, "cpu_seconds": 3.0})
+    (new / STARTING).write_text(text, encoding="utf-8")
+    found = run_status(new, now=lambda: 1020.0, sleep=counting(new))
+    assert (found.doing, found.no_further) == ("quantize", 60.0)
     assert (found.state, found.step, found.steps) == ("starting", 0, None)
     assert math.isinf(found.silent)
 

@@ -24,6 +24,7 @@ from halfbyte.report import make_report
 from halfbyte.report.result import five_sentences
 from halfbyte.report.story import read_story
 from halfbyte.report.verdicts import verdicts
+from halfbyte.trackers.messages import message_of
 from run_records import BEGAN, write_run
 
 WATCHED: dict[str, dict[str, Any]] = {"training_started": {"watched": True}}
@@ -165,3 +166,13 @@ def _lines(folder: Path) -> list[str]:
 
 def _is_adapter(event: dict[str, Any]) -> bool:
     return event["kind"] == "evaluation" and event["what"] == "adapter"
+
+
+def test_what_trackers_are_told() -> None:
+    assert message_of(SPIKE, 5.0) == {
+        "kind": "text",
+        "step": 60,
+        "time": 5.0,
+        "text": f"{SPIKE.text}; look at these rows.",
+    }
+    assert message_of(LEFT_OUT, 5.0) is None

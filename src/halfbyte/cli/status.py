@@ -44,7 +44,9 @@ def status_text(folder: Path, found: Status) -> str:
     go_on = f"go on with {resume_command(folder)}"
     match found.state:
         case "starting":
-            text = "starting: its process lives, and has written nothing yet"
+            text = f"starting: its process lives, and has written no record yet{doing}"
+            if found.doing:
+                text += f"; it has got no further for {duration_text(found.no_further)}"
         case "running":
             text = f"running: {at}{doing}; recorded {duration_text(found.silent)} ago"
         case "stalled":

@@ -85,7 +85,11 @@ def groups_of(rows: Sequence[TokenizedRow], tokens_at_once: int) -> Iterator[lis
 
 
 def unquantized_loss(
-    model: QLoRAModel, rows: Sequence[TokenizedRow], read: Callable[[str], Tensor]
+    model: QLoRAModel,
+    rows: Sequence[TokenizedRow],
+    read: Callable[[str], Tensor],
+    *,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> HeldOutLoss:
     """Held-out loss of the base model as it was before quantization, no adapter.
 
@@ -95,7 +99,7 @@ def unquantized_loss(
     """
     tokens_at_once = 4 * _tokens_at_once(model)
     with model.adapter_on(False), _original_weights(model, read):
-        return held_out_loss(model, rows, tokens_at_once=tokens_at_once)
+        return held_out_loss(model, rows, tokens_at_once=tokens_at_once, after_batch=after_batch)
 
 
 @contextmanager

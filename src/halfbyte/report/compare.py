@@ -198,9 +198,10 @@ def _curves(figure: Figure, stories: list[Story]) -> None:
     prepare(axes, "loss (nats per token)", "step")
     for place, (letter, story) in enumerate(zip(LETTERS, stories, strict=False)):
         colour = COLOURS[place % len(COLOURS)]
-        window = max(1, min(story.recipe.training.logging_steps, len(story.steps)))
-        mean = finite(running_mean([s.loss for s in story.steps], window))
-        numbers = [s.step for s in story.steps]
+        made = [s for s in story.steps if not s.left_out]
+        window = max(1, min(story.recipe.training.logging_steps, len(made)))
+        mean = finite(running_mean([s.loss for s in made], window))
+        numbers = [s.step for s in made]
         axes.plot(
             numbers[window - 1 :],
             mean[window - 1 :],

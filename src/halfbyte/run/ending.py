@@ -44,7 +44,12 @@ def end_run(
     record(kept)
     if assembly.data.held_out and assembly.recipe.evaluation.base_loss:
         with record.phase("base loss"), record.timed() as seconds:
-            base = unquantized_loss(trainer.model, assembly.data.held_out, assembly.source.read)
+            base = unquantized_loss(
+                trainer.model,
+                assembly.data.held_out,
+                assembly.source.read,
+                after_batch=record.work.mark,
+            )
         record(Evaluated(0, "base", base.loss, base.labels, base.rows, seconds()))
     with record.phase("save"):
         _save(assembly, trainer, folder, kept)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 
 EVERY = 30.0  # seconds
+# Where the sign is while there is no record yet: rows are prepared, the model is read.
+STARTING = "run.starting"
 
 
 class Work:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from halfbyte.events import Emit, EventLog, Record
 from halfbyte.events.types import Event, Heartbeat, Phase, PhaseProgress, PhaseStarted
 from halfbyte.redaction import redact_all
-from halfbyte.run.heartbeat import EVERY, HeartbeatThread, Work
+from halfbyte.run.heartbeat import EVERY, STARTING, HeartbeatThread, Work
 
 TOLD_EVERY = 0.1  # seconds
 
@@ -20,8 +22,9 @@ class RunRecord:
 
     Whatever is wrong with a recipe, its data or its model shows before step 1; until then nothing
     is written, so that a run that never began leaves nothing behind. The events so far are
-    written, with their own times, when the folder is opened. From then on a sign of life is
-    written where nothing else is for half a minute; ``work`` keeps what it says.
+    written, with their own times, when the folder is opened. A sign of life is written where
+    nothing else is for half a minute, until then into a file that goes; ``work`` keeps what it
+    says.
     """
 
     def __init__(self, listeners: Sequence[Emit] = ()) -> None:
@@ -31,6 +34,7 @@ class RunRecord:
         self.work = Work()
         self._written = time.monotonic()  # when an event last was
         self._heartbeat: HeartbeatThread | None = None
+        self._starting: Path | None = None  # what is written before the folder is opened
 
     @property
     def opened(self) -> bool:
@@ -51,6 +55,13 @@ class RunRecord:
         for listener in self.listeners:
             listener(event)
 
+    def prepare(self, folder: Path) -> None:
+        """Give signs of life in ``folder``, which is this process's; ``open`` or ``close`` removes
+        them."""
+        self._starting = folder / STARTING
+        self._written = -EVERY
+        self._heartbeat = HeartbeatThread(self.beat)
+
     def open(self, folder: Path) -> None:
         """Write what has happened so far into ``folder`` and everything else as it happens."""
         log = EventLog(folder)
@@ -60,7 +71,9 @@ class RunRecord:
         log.listeners = self.listeners
         self._log = log
         self._written = time.monotonic()
-        self._heartbeat = HeartbeatThread(self.beat)
+        if self._heartbeat is None:
+            self._heartbeat = HeartbeatThread(self.beat)
+        self._remove_starting()
 
     def beat(self) -> float:
         """Write a sign of life if it is time for one; returns the seconds until it may be again.
@@ -68,13 +81,17 @@ class RunRecord:
         No listener hears of it, since it is not their thread that it comes from.
         """
         left = self._written + EVERY - time.monotonic()
-        if self._log is None or left > 0:
+        if left > 0:
             return max(left, 0.1)
         sign = Heartbeat(
             self.work.doing, round(self.work.since(), 1), round(time.process_time(), 1)
         )
         with suppress(OSError, ValueError):  # a full disk is for the work to tell of; or it closed
-            self._log.write(Record(time.time(), sign))
+            if self._log is not None:
+                self._log.write(Record(time.time(), sign))
+            elif self._starting is not None:
+                text = json.dumps({"time": round(time.time(), 3), **asdict(sign)})
+                self._starting.write_text(text, encoding="utf-8")
         self._written = time.monotonic()
         return EVERY
 
@@ -82,9 +99,15 @@ class RunRecord:
         """Close the file. What a full disk did not take has been told of when it was written."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
+        self._remove_starting()
         if self._log is not None:
             with suppress(OSError):
                 self._log.close()
+
+    def _remove_starting(self) -> None:
+        if self._starting is not None:
+            with suppress(OSError):
+                self._starting.unlink()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -26,6 +26,7 @@ from halfbyte.events.types import (
     TrainingStarted,
 )
 from halfbyte.run.folder import require_run
+from halfbyte.run.heartbeat import STARTING
 from halfbyte.run.lock import FILE_NAME as LOCK_FILE
 from halfbyte.run.lock_holder import Verdict, decoded, judge, this_process
 
@@ -79,9 +80,13 @@ def run_status(
     planned = [e.steps for e in last if isinstance(e, TrainingStarted)]
     beat = last[-1] if last and isinstance(last[-1], Heartbeat) else None
     silent = max(0.0, now() - records[-1].time) if records else math.inf
+    doing = beat.doing if beat else ""
     no_further = silent + (beat.since if beat else 0.0)
     if alive and silent > SILENT_SECONDS:
         state = "starting" if lock.counts() else "stalled"
+        sign = _starting(folder)
+        if state == "starting" and sign is not None:
+            doing, no_further = sign[1].doing, max(0.0, now() - sign[0]) + sign[1].since
     elif any(isinstance(e, Finished) for e in last):
         state = "finished"
     elif not alive:
@@ -92,11 +97,21 @@ def run_status(
         state=state,
         step=steps[-1] if steps else 0,
         steps=planned[-1] if planned else None,
-        doing=beat.doing if beat else "",
+        doing=doing,
         silent=silent,
         no_further=no_further,
         reason=_reason(last),
     )
+
+
+def _starting(folder: Path) -> tuple[float, Heartbeat] | None:
+    """When the last sign of life was given before there was a record, and what it says."""
+    try:
+        values = json.loads((folder / STARTING).read_text(encoding="utf-8"))
+        sign = Heartbeat(str(values["doing"]), float(values["since"]), 0.0)
+        return float(values["time"]), sign
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _ended(last: Sequence[Event]) -> str:

@@ -138,6 +138,7 @@ def train(
             held.callback(lambda: None if record.opened else claimed.release())
         lock = held.enter_context(RunLock(folder, tell=lambda text: record(Warned(text))))
         held.callback(record.close)
+        record.prepare(folder)
         copies = held.enter_context(Mirroring(folder, record))
         try:
             resumed = None

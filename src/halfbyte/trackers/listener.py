@@ -19,6 +19,7 @@ from halfbyte.events.types import (
     Event,
     Fallback,
     Finished,
+    Noticed,
     RolledBack,
     RunStarted,
     Step,
@@ -37,7 +38,7 @@ FILE_NAME = "trackers.json"
 END_SECONDS = 30.0  # that all trackers together have to send what is left
 STOP_SECONDS = 3.0  # the same where Ctrl-C ends the process at once
 
-_TOLD = (Step, Evaluated, Warned, Fallback, RolledBack)
+_TOLD = (Step, Evaluated, Warned, Noticed, Fallback, RolledBack)
 
 
 class Trackers:

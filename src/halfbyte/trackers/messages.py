@@ -12,6 +12,7 @@ from halfbyte.events.types import (
     Fallback,
     Finished,
     Interrupted,
+    Noticed,
     RolledBack,
     Step,
     Warned,
@@ -28,6 +29,8 @@ def message_of(event: Event, time: float) -> Message | None:
     Names of metrics follow what other trainers log: ``train/loss``, ``eval/loss``.
     """
     match event:
+        case Step(left_out=True):
+            return None  # nothing was computed
         case Step():
             metrics = {
                 "train/loss": event.loss,
@@ -44,6 +47,8 @@ def message_of(event: Event, time: float) -> Message | None:
             return {"kind": "metrics", "step": event.step, "time": time, "metrics": metrics}
         case Warned():
             return {"kind": "text", "step": event.step or 0, "time": time, "text": event.text}
+        case Noticed():
+            return {"kind": "text", "step": event.step, "time": time, "text": event.sentence}
         case Fallback():
             text = f"{event.what}: {event.reason}"
             return {"kind": "text", "step": 0, "time": time, "text": text}
