@@ -10,8 +10,10 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := pyproject.toml constraints.txt
+# Programs that look at the dependencies, in an environment of their own.
+TOOLS := $(VENV)-tools
 
-.PHONY: demo test check schema lock clean
+.PHONY: demo test check schema lock locked audit clean
 
 demo: $(VENV)/.run
 	$(BIN)/halfbyte demo
@@ -47,9 +49,31 @@ $(VENV)/.check: $(VENV)/.test
 	$(PIP) -c constraints.txt -e '.[check]'
 	@touch $@
 
-# Pins what is installed now. A build's local version (2.13.0+cpu) exists on few machines.
-lock: $(VENV)/.check
+# What continuous integration installs: nothing but files whose SHA-256 is in requirements/.
+locked: | $(BIN)/python
+	$(PIP) --require-hashes --no-deps -r requirements/torch.txt
+	@# torch's build for CPUs needs none of CUDA's libraries.
+	@$(BIN)/python -m pip show torch | grep -q '^Version: .*+cpu$$' || \
+		$(PIP) --require-hashes --no-deps -r requirements/cuda.txt
+	$(PIP) --require-hashes --no-deps -r requirements/ci.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $(VENV)/.run $(VENV)/.test $(VENV)/.check
+
+# Pins what is installed now, and the hashes of it on every platform. A build's local version
+# (2.13.0+cpu) exists on few machines.
+lock: $(VENV)/.check $(TOOLS)/.made
 	$(BIN)/python -m pip freeze --exclude halfbyte | sed 's/+cpu$$//' > constraints.txt
+	$(BIN)/python .ci/lock.py $(TOOLS)/bin/uv
+
+# Known vulnerabilities of what is pinned, as the package index or OSV know of them.
+audit: $(TOOLS)/.made
+	@$(TOOLS)/bin/python .ci/audit.py $(TOOLS)/bin/pip-audit
+
+$(TOOLS)/.made:
+	@test -n "$(PYTHON)" || { echo "halfbyte needs Python 3.11 or later; name it with make PYTHON=…"; exit 2; }
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit uv
+	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache
