@@ -11,13 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from halfbyte import Recipe
+from halfbyte.engine.scaler import LossScaler
+from halfbyte.errors import RunError
 from halfbyte.events.types import Noticed
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.recipe.watch_schema import EarlyStoppingRecipe, WatchRecipe
-from halfbyte.run.divergence import named_rows
+from halfbyte.run.divergence import SkippedSteps, named_rows
 from halfbyte.run.early_stopping import EarlyStopping
+from halfbyte.run.interventions import Interventions
 from halfbyte.run.noticing import Noticing, span_of
+from halfbyte.run.reacting import Reactions
+from halfbyte.run.record import RunRecord
 from halfbyte.run.spikes import LossSpikes
 
 # Losses of SmolLM2-135M on ChatDoctor rows, one row a step: as noisy as a run can be.
@@ -264,6 +271,63 @@ def test_what_is_kept_is_all_that_is_needed() -> None:
         before = some(first, 1, at)
         second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
         assert before + some(second, at + 1, 400) == whole
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("noticing", []),
+    ("noticing.spikes.losses", ["one"]),
+    ("noticing.spikes.distances", 5),
+    ("noticing.quiet", [1]),
+    ("noticing.clipped", None),
+    ("noticing.first", {"total": 1.0}),
+    ("noticing.lowest", {"step": 1, "loss": "low"}),
+    ("early_stopping.best", [3]),
+    ("early_stopping.without", math.inf),
+    ("skipped_in_a_row", "many"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_a_state_that_was_made_up_is_refused(key: str, value: Any) -> None:
+    def new() -> Reactions:
+        recipe = Recipe.model_validate({"model": {"name": "m"}, "data": {"path": "d.jsonl"}})
+        skipped = SkippedSteps(LossScaler(False, torch.device("cpu")), lambda step: "")
+        unused: Any = None
+        return Reactions(
+            recipe, noticing(), skipped, RunRecord(), lag=0, sources=unused, stop=unused
+        )
+
+    state: Any = new().state()
+    new().go_on_from([], json.loads(json.dumps(state)))
+    *above, name = key.split(".")
+    inside = state
+    for part in above:
+        inside = inside[part]
+    inside[name] = value
+    with pytest.raises(RunError, match="record of what was watched cannot be read"):
+        new().go_on_from([], state)
+
+
+def test_interventions_are_what_was_decided_by_then() -> None:
+    made = Interventions()
+    made.lower_rate(10, "loss_spike", 11, 0.5)
+    made.leave_out(20, "loss_spike")
+    made.lower_rate(25, "loss_spike", 34, 0.3)
+    made.leave_out(30, "loss_not_finite")
+    table = torch.tensor([1.0, 0.7, 0.1])
+    half = table * 0.5
+    for step, rates in ((10, table), (11, half), (33, half), (34, half * 0.3)):
+        assert torch.equal(made.rates(table, step), rates)
+    assert torch.equal(table, torch.tensor([1.0, 0.7, 0.1]))
+    made.go_back_to(24)
+    again = Interventions.from_plain(json.loads(json.dumps(made.plain())))
+    assert again.made == made.made
+    assert [n for n in range(40) if again.leaves_out(n)] == [20, 30]
+    assert again.left_out == 2
+    assert (again.factors(40), again.factors(10)) == ([0.5], [])
+    for wrong in ({}, {"step": 1}, {"step": 1, "why": "", "first": 2, "factor": 7.0}):
+        with pytest.raises((KeyError, ValueError)):
+            Interventions.from_plain([wrong])
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,10 @@ class EarlyStopping:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, with whose patience it may have ended already."""
-        self._best = None if state["best"] is None else (state["best"][0], state["best"][1])
-        self._without = state["without"]
+        best, stopped = state["best"], state["stopped"]
+        self._best = None if best is None else (int(best[0]), float(best[1]))
+        self._without = int(state["without"])
         self.stopped = None
-        if state["stopped"] is not None and self.recipe.patience is not None:
+        if stopped is not None and self.recipe.patience is not None:
             best_step, best_loss = self._best or (None, None)
-            self.stopped = StoppedEarly(
-                state["stopped"], self.recipe.patience, best_step, best_loss
-            )
+            self.stopped = StoppedEarly(int(stopped), self.recipe.patience, best_step, best_loss)

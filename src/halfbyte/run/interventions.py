@@ -25,6 +25,16 @@ class Intervention:
     factor: float | None = None
 
 
+def _of_plain(raw: dict[str, Any]) -> Intervention:
+    step, why, first, factor = int(raw["step"]), str(raw["why"]), raw["first"], raw["factor"]
+    if first is None and factor is None:
+        return Intervention(step, why)
+    first, factor = int(first), float(factor)
+    if not 0.0 < factor < 1.0:
+        raise ValueError(f"a rate is not multiplied by {factor}")
+    return Intervention(step, why, first, factor)
+
+
 class Interventions:
     """All of a run, in the order in which they were decided."""
 
@@ -33,7 +43,8 @@ class Interventions:
 
     @classmethod
     def from_plain(cls, plain: Sequence[dict[str, Any]]) -> Interventions:
-        return cls([Intervention(**one) for one in plain])
+        """What ``plain`` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls([_of_plain(one) for one in plain])
 
     def plain(self) -> list[dict[str, Any]]:
         """As JSON has them."""

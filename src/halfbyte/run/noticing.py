@@ -50,6 +50,10 @@ class _Mean:
     def value(self) -> float | None:
         return self.total / self.count if self.count else None
 
+    @classmethod
+    def of_plain(cls, raw: dict[str, Any]) -> _Mean:
+        return cls(float(raw["total"]), int(raw["count"]))
+
 
 @dataclass
 class _Lowest:
@@ -61,6 +65,12 @@ class _Lowest:
     last: float  # held-out loss of the last evaluation
     rises: int = 0  # in a row
     told: bool = False
+
+    @classmethod
+    def of_plain(cls, raw: dict[str, Any]) -> _Lowest:
+        train = None if raw["train"] is None else float(raw["train"])
+        loss, last = float(raw["loss"]), float(raw["last"])
+        return cls(int(raw["step"]), loss, train, last, int(raw["rises"]), bool(raw["told"]))
 
 
 class Noticing:
@@ -232,7 +242,7 @@ class Noticing:
         return Noticed(name, severity, step, text, todo, action, list(rows))
 
     def state(self) -> dict[str, Any]:
-        """What ``load_state`` takes, as JSON has it."""
+        """What ``load_state`` takes, as JSON has it; it raises what anything else leads to."""
         return {
             "spikes": self._spikes.state(),
             "quiet": dict(self._quiet),
@@ -245,10 +255,10 @@ class Noticing:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._spikes.load_state(state["spikes"])
-        self._quiet = dict(state["quiet"])
-        self._clipped = state["clipped"]
-        self._first = _Mean(**state["first"])
-        self._recent = deque(state["recent"], self.span // 3)
-        self._since = _Mean(**state["since"])
+        self._quiet = {str(name): int(step) for name, step in state["quiet"].items()}
+        self._clipped = int(state["clipped"])
+        self._first = _Mean.of_plain(state["first"])
+        self._recent = deque(map(float, state["recent"]), self.span // 3)
+        self._since = _Mean.of_plain(state["since"])
         lowest = state["lowest"]
-        self._lowest = None if lowest is None else _Lowest(**lowest)
+        self._lowest = None if lowest is None else _Lowest.of_plain(lowest)

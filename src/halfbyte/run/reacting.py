@@ -114,7 +114,7 @@ class Reactions:
             self.noticing.load_state(state["noticing"])
             self.early.load_state(state["early_stopping"])
             self.skipped.in_a_row = int(state["skipped_in_a_row"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise RunError(
                 "the checkpoint's record of what was watched cannot be read "
                 f"({type(error).__name__}: {error}); remove that checkpoint's folder to go on from "

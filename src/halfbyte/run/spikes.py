@@ -71,5 +71,5 @@ class LossSpikes:
         return {"losses": list(self._losses), "distances": list(self._distances)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._losses = deque(state["losses"], MEDIAN_STEPS)
-        self._distances = deque(state["distances"], SPREAD_STEPS)
+        self._losses = deque(map(float, state["losses"]), MEDIAN_STEPS)
+        self._distances = deque(map(float, state["distances"]), SPREAD_STEPS)
