@@ -19,7 +19,7 @@ from command_line import halfbyte
 from halfbyte import Recipe, Run, train
 from halfbyte.checkpoint.files import checkpoints_in
 from halfbyte.checkpoint.manifest import check_manifest
-from halfbyte.checkpoint.snapshot import copy_to_host
+from halfbyte.checkpoint.snapshot import HostCopies
 from halfbyte.errors import HalfbyteError, RunError
 from halfbyte.events import read_events
 from halfbyte.events.types import Changed, Event, RunStarted, Step, Warned
@@ -330,7 +330,7 @@ def test_a_copy_is_equal_and_apart() -> None:
         "one": torch.tensor(2.5),
     }
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
-    copies = copy_to_host(tensors)
+    copies = HostCopies().copy(tensors)
     for tensor in tensors.values():
         tensor.zero_()
     assert copies.keys() == expected.keys()

@@ -64,9 +64,9 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
 def _write(partial: Path, snapshot: Snapshot) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: t.clone() for name, t in snapshot.tensors.items()}, partial / TENSORS)
+    save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, partial / TENSORS)
     if snapshot.best is not None:
-        save_file({name: t.clone() for name, t in snapshot.best.items()}, partial / BEST)
+        save_file({name: t.to("cpu") for name, t in snapshot.best.items()}, partial / BEST)
     state = replace(snapshot.state, hashes=snapshot.state.hashes | snapshot.weights())
     text = json.dumps(state.plain(), indent=1) + "\n"
     (partial / STATE).write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import version
 
 from halfbyte.data.batch import TokenizedRow
@@ -30,6 +31,7 @@ def rows_hash(rows: Iterable[TokenizedRow]) -> str:
     return digest.hexdigest()
 
 
+@cache
 def package_versions() -> dict[str, str]:
     """Versions that decide a run's bits."""
     return {name: version(name) for name in ("torch", "transformers", "halfbyte")}

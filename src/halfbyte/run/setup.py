@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.files import ADAPTER
-from halfbyte.checkpoint.snapshot import copy_to_host
 from halfbyte.data.batch import Batch, Bucket
 from halfbyte.engine.capture import CapturedStep
 from halfbyte.engine.products import (
@@ -97,8 +96,8 @@ class Trainer:
         self.scaler.load_state_tensors(state)
 
     def adapter(self) -> dict[str, Tensor]:
-        """A copy of the adapter's weights in main memory, named as in ``state``."""
-        return copy_to_host({n: t for n, t in self.state().items() if n.startswith(ADAPTER)})
+        """A copy of the adapter's weights, named as in ``state``."""
+        return {n: t.clone() for n, t in self.state().items() if n.startswith(ADAPTER)}
 
     @torch.no_grad()
     def load_adapter(self, state: dict[str, Tensor]) -> None:

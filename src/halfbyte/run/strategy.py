@@ -76,7 +76,7 @@ def read_strategy(folder: Path) -> Strategy | None:
 
 def versions_here() -> dict[str, str]:
     """Versions of what decides which kernels there are and what they do."""
-    found = package_versions()
+    found = dict(package_versions())
     with suppress(PackageNotFoundError):
         found["triton"] = version("triton")
     # On a CPU the kernels of PyTorch that run, and how a sum is shared among its threads.

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.snapshot import Snapshot, copy_to_host
+from halfbyte.checkpoint.snapshot import HostCopies, Snapshot
 from halfbyte.checkpoint.state import CheckpointState
 from halfbyte.checkpoint.writer import CheckpointWriter
 from halfbyte.errors import DivergenceError
@@ -69,6 +69,8 @@ class Watch:
         self.writer = CheckpointWriter(
             folder / "checkpoints", assembly.recipe.checkpoints.keep_last
         )
+        self._copies = HostCopies()
+        self._copies.copy(trainer.state())  # takes the memory, for which a step would wait
         self.best_step: int | None = None
         self.best_loss: float | None = None
         self.best_adapter: dict[str, Tensor] | None = None
@@ -133,7 +135,7 @@ class Watch:
     def keep_start(self) -> None:
         """Remember how a run begins, where it may have to go back there."""
         if self.reactions.may_go_back:
-            self._start = Point(self._state(0), copy_to_host(self.trainer.state()), None)
+            self._start = Point(self._state(0), HostCopies().copy(self.trainer.state()), None)
 
     def go_back(self, back: GoBackError) -> int:
         """Put everything back to the last checkpoint before a step whose batch is left out from
@@ -202,12 +204,13 @@ class Watch:
             return
         began = time.perf_counter()
         self.may_write()
+        self.finish_saving()  # the memory that is copied into is then free again
         if not torch.isfinite(self.trainer.parameters.data).all():
             reason = f"the adapter is no longer finite after step {step:,}"
             self._stop(Diverged(step, reason, [], self._last_checkpoint()), updated=True)
         snapshot = Snapshot(
             state=self._state(step),
-            tensors=copy_to_host(self.trainer.state()),
+            tensors=self._copies.copy(self.trainer.state()),
             best=None if self.best_step in (None, step) else self.best_adapter,
             weights=self.assembly.weights.result,
             folder=self.folder,
@@ -215,7 +218,6 @@ class Watch:
             events_bytes=(self.folder / EVENTS_FILE).stat().st_size,
         )
         self.writer.submit(snapshot)
-        self._note_written()
         self._submitted = step
         self._stood_still = time.perf_counter() - began
 
