@@ -113,10 +113,11 @@ def read_state(path: Path) -> CheckpointState:
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        return load_file(path)
+        # Read and not mapped: the file may be removed, or its disk be gone, while the run goes on.
+        return load(path.read_bytes())
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise _unreadable(path.parent, error) from error
 

@@ -146,9 +146,6 @@ def train(
                 resumed = open_resumed(folder, wanted=recipe, allow=allow)
             chosen = recipe if resumed is None else resumed.recipe
             assert chosen is not None
-            refuse_secrets(chosen)
-            trackers = held.enter_context(Trackers(chosen, record))
-            record.listeners.append(trackers)
             chosen = with_mirror(chosen, mirror)
             refuse_secrets(chosen)
             trackers = held.enter_context(Trackers(chosen, record))
@@ -262,6 +259,7 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
     if resumed is not None and resumed.point is not None:
         resumed.check_model(assembly)
         trainer.load_state(resumed.point.tensors)
+        resumed.point.tensors.clear()  # not needed any more, and as large as the state itself
         with record.phase("warm-up"):
             return capture(assembly, trainer, record)
     with record.phase("warm-up"):
