@@ -16,6 +16,10 @@ def report(
         typer.Argument(metavar="[DIR …]", help="Run folders; by default the latest run's."),
     ] = None,
     pdf: Annotated[bool, typer.Option("--pdf", help="Also print a PDF, with Chromium.")] = False,
+    sbom: Annotated[
+        bool,
+        typer.Option("--sbom", help="Also list every package, its licence and hash (CycloneDX)."),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Of several runs: the page [comparison.html]."),
@@ -25,14 +29,21 @@ def report(
     from halfbyte.cli.folders import run_folder
 
     found = [run_folder(folder) for folder in folders] if folders else [run_folder(None)]
+    bills = [_list_packages(folder) for folder in found] if sbom else []
     if len(found) > 1:
         written = _compare(found, out or Path("comparison.html"), pdf)
     elif out is not None:
         raise RunError("one run's report is written into its folder; leave out --out.")
     else:
         written = _remake(found[0], pdf)
-    for path in written:
+    for path in [*written, *bills]:
         typer.echo(str(path))
+
+
+def _list_packages(folder: Path) -> Path:
+    from halfbyte.report.sbom import write_sbom
+
+    return write_sbom(folder)
 
 
 def _remake(folder: Path, pdf: bool) -> list[Path]:

@@ -276,6 +276,11 @@ class ReportRecipe(Section):
         description="Steps whose logged loss stands in the table of the results; auto spreads "
         "eight over the run.",
     )
+    sbom: bool = Field(
+        default=False,
+        description="Also write `sbom.json`, a software bill of materials (CycloneDX): every "
+        "package that took part, its version and licence.",
+    )
 
 
 class RecipeFields(Section):

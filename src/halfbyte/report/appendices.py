@@ -167,6 +167,15 @@ def _versions(story: Story) -> list[Block]:
         resumed = "" if s.resumed_from is None else f", from step {figures.count(s.resumed_from)}"
         text = f"Process {number}, halfbyte {s.version}, {figures.moment(process.begin)}{resumed}:"
         blocks += [Paragraph(text), Verbatim(" ".join(s.command) or "(not recorded)")]
+    if story.packages:
+        blocks += [
+            Heading("Bill of materials"),
+            Paragraph(
+                "Every package that took part and the base model, as in sbom.json (CycloneDX). A "
+                "licence is what a package says of itself."
+            ),
+            Table(("package", "version", "licence"), story.packages, "lll"),
+        ]
     return blocks or [Paragraph("Not recorded.")]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +51,8 @@ from halfbyte.recipe.yaml_tree import read_tree
 from halfbyte.report.done_steps import DoneSteps
 
 E = TypeVar("E", bound=Event)
+
+SBOM_FILE = "sbom.json"
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Story:
     stopped_early: StoppedEarly | None = None
     changed: list[Changed] = field(default_factory=list)  # settings, since it was begun
     missing: list[str] = field(default_factory=list)  # files of the folder that were not there
+    packages: list[tuple[str, str, str]] = field(default_factory=list)  # name, version, licence
 
     @property
     def last_step(self) -> int:
@@ -204,13 +208,34 @@ def read_story(folder: Path) -> Story:
             "name the folder of another run."
         )
     asked = folder / "recipe.asked.yaml"
-    return _tell(
+    story = _tell(
         records,
         name=_own_name(records, folder),
         recipe=_read_recipe(folder / "recipe.yaml"),
         asked=flatten(_read_asked(asked)) if asked.exists() else {},
         missing=[] if asked.exists() else [asked.name],
     )
+    return replace(story, packages=_packages(folder / SBOM_FILE))
+
+
+def _packages(bill: Path) -> list[tuple[str, str, str]]:
+    """The packages of a bill of materials; none where there is none that can be read."""
+    try:
+        components = json.loads(bill.read_text(encoding="utf-8"))["components"]
+        return [
+            (
+                str(one["name"]),
+                str(one.get("version", "")),
+                ", ".join(
+                    str(e.get("expression") or e["license"]["name"])
+                    for e in one.get("licenses", [])
+                )
+                or "not stated",
+            )
+            for one in components
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

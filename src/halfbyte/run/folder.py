@@ -27,6 +27,7 @@ CONTENTS = (
     "tensorboard",
     "wandb",
     "trackers.json",
+    "sbom.json",
     EVENTS_FILE,
     "recipe.yaml",
     "recipe.asked.yaml",

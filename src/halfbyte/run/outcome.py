@@ -26,7 +26,9 @@ class Run:
     def make(cls, folder: Path, *, interrupted: bool, signal: str = "") -> Run:
         """Write the report of ``folder`` and describe it."""
         from halfbyte.report import make_report
+        from halfbyte.report.sbom import write_if_asked
 
+        write_if_asked(folder)
         make_report(folder)
         steps = [step.step for step in _done(folder).steps]
         return cls(folder, interrupted, max(steps, default=0), signal)
