@@ -13,13 +13,17 @@ INSTALLED := pyproject.toml constraints.txt
 # Programs that look at the dependencies, in an environment of their own.
 TOOLS := $(VENV)-tools
 
-.PHONY: demo test check schema lock locked audit clean
+.PHONY: demo test fuzz check schema lock locked audit clean
 
 demo: $(VENV)/.run
 	$(BIN)/halfbyte demo
 
 test: $(VENV)/.test
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Files made wrong by chance, 20,000 of them, and what the commands say to each: half an hour.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz_all.py $(FUZZ_ARGS)
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .

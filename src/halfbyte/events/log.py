@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ class EventLog:
 
 
 def read_events(folder: Path) -> Iterator[Record]:
-    """The events of a run folder in order; lines that are cut or unknown are passed over."""
+    """The events of a run folder in order; lines that are cut, unknown or wrong are passed over."""
     path = folder / FILE_NAME
     if not path.exists():
         return
@@ -92,9 +94,36 @@ def _parse(line: str) -> Record | None:
             return None
         known = {f.name for f in dataclasses.fields(event_type)}
         values = {key: _revive(value) for key, value in raw.items() if key in known}
-        return Record(float(raw["time"]), event_type(**values))
-    except (ValueError, TypeError, KeyError):
+        at = float(raw["time"])
+        if not 0 <= at < _LATEST or (_LONG.search(line) and not _counts(list(values.values()))):
+            return None
+        return Record(at, _checks()[event_type.kind].validate_python(values))
+    except (ValueError, TypeError, KeyError, OverflowError):  # pydantic's are ValueErrors
         return None
+
+
+_LATEST = 1e11  # unix seconds, of the year 5138
+_LONG = re.compile("[0-9]{19}")
+_LARGEST = 1 << 63
+
+
+@cache
+def _checks() -> dict[str, Any]:
+    """What checks that the fields of an event are of its types: others wrote the file, perhaps."""
+    from pydantic import TypeAdapter
+
+    return {kind: TypeAdapter(event_type) for kind, event_type in EVENTS.items()}
+
+
+def _counts(values: list[Any]) -> bool:
+    """Whether every whole number in ``values`` is one that something could have been counted to."""
+    for value in values:
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            return False
+        inside = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list)) and not _counts(list(inside)):
+            return False
+    return True
 
 
 # JSON has no NaN and no infinity, and a loss can be either.

@@ -77,11 +77,25 @@ def require_usable(tokenizer: Any, name: str) -> Any:
     """``tokenizer`` if rows can be made with it, else ModelError."""
     if not tokenizer.is_fast:
         raise _not_fast(name, f"is a {type(tokenizer).__name__}")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+        raise ModelError(
+            f"the tokenizer of {name} has the model_max_length {longest!r}, which is no number of "
+            "tokens: mend its tokenizer_config.json."
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {name} names no end-of-sequence token, so no answer could end; set "
             "eos_token in its tokenizer_config.json."
         )
+    try:  # what it says of itself may be of any kind
+        tokenizer("a b", add_special_tokens=False)
+        whole = tokenizer("a b")["input_ids"]
+        [*map(int, tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(whole)))]
+        dict(tokenizer.special_tokens_map)
+        tokenizer.added_tokens_decoder.items()
+    except Exception as error:
+        raise ModelError(f"the tokenizer of {name} cannot be used: {reason(error)}.") from error
     template = tokenizer.chat_template
     lengths = map(len, template.values() if isinstance(template, dict) else [template or ""])
     if max(lengths, default=0) > LONGEST_TEMPLATE:

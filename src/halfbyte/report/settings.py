@@ -90,7 +90,7 @@ def _typed(story: Story) -> set[str]:
         return set()
     words = story.processes[0].started.command
     keys = set()
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--set":
             keys.add(following.split("=", 1)[0])
         elif word.startswith("--set="):

@@ -139,8 +139,8 @@ def _fell(story: Story) -> Verdict:
             name, None, f"{figures.many(story.last_step, 'step')} are too few to compare"
         )
     first, last = story.windowed_loss(window), story.windowed_loss(story.last_step)
-    assert first is not None
-    assert last is not None
+    if first is None or last is None:
+        return Verdict(name, None, "the record lacks the steps to compare")
     return Verdict(name, last < first, f"{figures.loss(first)} → {figures.loss(last)}")
 
 
