@@ -36,6 +36,7 @@ from halfbyte.events.types import (
 )
 from halfbyte.recipe.load import parse_recipe
 from halfbyte.redaction import redact
+from halfbyte.run import rehearse
 from halfbyte.trackers import choose, feed, listener
 from halfbyte.trackers.listener import Trackers
 
@@ -392,6 +393,12 @@ def test_what_is_missing_is_one_sentence_before_step_1(monkeypatch: pytest.Monke
     with pytest.raises(RecipeError, match="begin with https://") as raised:
         Trackers(recipe(**WEBHOOK), print)
     assert "a-secret-path" not in str(raised.value)
+
+
+def test_a_rehearsal_says_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="not installed"):
+        rehearse(recipe(tensorboard=True))
 
 
 def test_a_url_in_the_recipe_is_refused_and_not_repeated() -> None:

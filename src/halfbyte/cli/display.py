@@ -236,6 +236,7 @@ class Display:
         return list(losses.values())
 
     def _begin_phase(self, name: str) -> None:
+        self._clear_phase()
         self._phase, self._reached = name, ""
         self._phase_began = time.perf_counter()
         self._show_phase()

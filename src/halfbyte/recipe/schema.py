@@ -279,7 +279,7 @@ class ReportRecipe(Section):
     sbom: bool = Field(
         default=False,
         description="Also write `sbom.json`, a software bill of materials (CycloneDX): every "
-        "package that took part, its version and licence.",
+        "package that halfbyte needs or an extra brought, its version and licence.",
     )
 
 

@@ -171,8 +171,8 @@ def _versions(story: Story) -> list[Block]:
         blocks += [
             Heading("Bill of materials"),
             Paragraph(
-                "Every package that took part and the base model, as in sbom.json (CycloneDX). A "
-                "licence is what a package says of itself."
+                "What halfbyte needs, what its extras brought, and the base model, as in sbom.json "
+                "(CycloneDX). A licence is what a package says of itself."
             ),
             Table(("package", "version", "licence"), story.packages, "lll"),
         ]

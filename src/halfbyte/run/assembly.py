@@ -25,6 +25,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.run.fingerprint import data_hashes
 from halfbyte.run.record import RunRecord
 from halfbyte.run.strategy import Strategy
+from halfbyte.trackers.choose import choose
 
 # What making one more graph costs: a step run eagerly, and one more recorded.
 CAPTURE_SECONDS = 0.15
@@ -204,6 +205,7 @@ def rehearse(
     listeners: Sequence[Any] = (),
 ) -> Rehearsal:
     """Everything before the weights are read: nothing is written."""
+    choose(recipe.trackers)
     events: list[Event] = []
     emit = RunRecord([events.append, *listeners])
     assembly = assemble(with_max_steps(recipe, max_steps), emit, recipe_folder=recipe_folder)

@@ -148,7 +148,7 @@ def train(
             assert chosen is not None
             chosen = with_mirror(chosen, mirror)
             refuse_secrets(chosen)
-            trackers = held.enter_context(Trackers(chosen, record))
+            trackers = held.enter_context(Trackers(chosen, record, tell=record.tell))
             record.listeners.append(trackers)
             if chosen.memory_limit_gb is not None:
                 spare_memory()
