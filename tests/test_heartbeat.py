@@ -85,8 +85,8 @@ def test_half_a_minute_without_an_event_gives_one(tmp_path: Path, clock: Clock) 
 
 def test_signs_before_there_is_a_record(tmp_path: Path, clock: Clock) -> None:
     """So that a model that is being read can be told from one that hangs; nothing of it stays."""
-    record = RunRecord()
-    record.prepare(tmp_path)
+    record, ours = RunRecord(), [True]
+    record.prepare(tmp_path, ours=lambda: ours[-1])
     with record.phase("quantize"):
         clock.now += 31
         assert record.beat() == 30
@@ -98,6 +98,10 @@ def test_signs_before_there_is_a_record(tmp_path: Path, clock: Clock) -> None:
     record.beat()
     assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
     assert signs(tmp_path) == [("starting", 31.0)]
+    ours.append(False)  # another process has the folder by now
+    clock.now += 31
+    record.beat()
+    assert len(signs(tmp_path)) == 1
     record.close()
     failed = RunRecord()
     failed.prepare(tmp_path)

@@ -34,6 +34,7 @@ class RunRecord:
         self.work = Work()
         self._written = time.monotonic()  # when an event last was
         self._heartbeat: HeartbeatThread | None = None
+        self._ours: Callable[[], bool] = lambda: True
         self._starting: Path | None = None  # what is written before the folder is opened
 
     @property
@@ -55,9 +56,10 @@ class RunRecord:
         for listener in self.listeners:
             listener(event)
 
-    def prepare(self, folder: Path) -> None:
-        """Give signs of life in ``folder``, which is this process's; ``open`` or ``close`` removes
-        them."""
+    def prepare(self, folder: Path, *, ours: Callable[[], bool] = lambda: True) -> None:
+        """Give signs of life in ``folder`` as long as it is ``ours``; those that are given before
+        ``open`` go with it, or with ``close``."""
+        self._ours = ours
         self._starting = folder / STARTING
         self._written = -EVERY
         self._heartbeat = HeartbeatThread(self.beat)
@@ -87,7 +89,9 @@ class RunRecord:
             self.work.doing, round(self.work.since(), 1), round(time.process_time(), 1)
         )
         with suppress(OSError, ValueError):  # a full disk is for the work to tell of; or it closed
-            if self._log is not None:
+            if not self._ours():
+                pass
+            elif self._log is not None:
                 self._log.write(Record(time.time(), sign))
             elif self._starting is not None:
                 text = json.dumps({"time": round(time.time(), 3), **asdict(sign)})

@@ -138,7 +138,7 @@ def train(
             held.callback(lambda: None if record.opened else claimed.release())
         lock = held.enter_context(RunLock(folder, tell=lambda text: record(Warned(text))))
         held.callback(record.close)
-        record.prepare(folder)
+        record.prepare(folder, ours=lambda: lock.lost is None)
         copies = held.enter_context(Mirroring(folder, record))
         try:
             resumed = None

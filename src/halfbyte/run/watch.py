@@ -246,6 +246,7 @@ class Watch:
         for written in self.writer.poll():
             state = written.state
             self._saved = state.step
+            self._start = None  # nobody goes back there any more
             path = f"{written.path.parent.name}/{written.path.name}"
             self.record(
                 Checkpointed(
