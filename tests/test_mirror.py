@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.checkpoint.state import CheckpointState
 from halfbyte.errors import RunError
 from halfbyte.events.types import Event, Mirrored, Warned
 from halfbyte.run import mirror_folder
-from halfbyte.run.mirror import Mirror
+from halfbyte.run.mirror import Mirror, names_in
+from halfbyte.run.mirroring import bring_back
+from halfbyte.run.restore import restore
 from mirror_hub_case import SIGNATURE, TOKEN, Repositories, serving
 
 RUN = "the-run"
@@ -28,9 +31,10 @@ def make_checkpoint(run: Path, step: int, more: str = "") -> Path:
     """A checkpoint folder as one is defined: its files, and a manifest that lists them."""
     folder = run / "checkpoints" / f"step-{step}"
     (folder / "initial_adapter").mkdir(parents=True)
+    state = CheckpointState("id", step, None, None, None, {}, "cpu", {})
     contents = {
         "state.safetensors": os.urandom(3000),
-        "state.json": f'{{"step": {step}}}'.encode(),
+        "state.json": json.dumps(state.plain()).encode(),
         "recipe.yaml": f"seed: 42 # {more}".encode(),
         "events.jsonl": b"{}\n" * step,
         "initial_adapter/adapter_model.safetensors": os.urandom(100),
@@ -360,6 +364,18 @@ def test_another_run_of_the_same_name_is_refused(case: Case) -> None:
     assert case.names() == {"step-1"}
 
 
+def test_a_run_that_left_nothing_whole_makes_way(case: Case) -> None:
+    first = case.open("first run")
+    first.send(make_checkpoint(case.run, 1), [1])
+    first.finish(None)
+    (case.there / "checkpoints/step-1/manifest.json").unlink()  # its process was killed
+    second = case.open("second run")
+    second.send(make_checkpoint(case.run, 2), [2])
+    second.finish(None)
+    assert case.open(None).run_id == "second run"
+    assert not texts(case.events)
+
+
 def test_another_run_that_shows_only_later(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     away = Path(case.where)
     case.where = str(away / "below")
@@ -402,6 +418,74 @@ def test_the_newest_whole_checkpoint_comes_back(case: Case, tmp_path: Path) -> N
     (there / "step-10" / "state.json").unlink()
     (there / "step-10" / "state.json").symlink_to(secret)
     assert case.open(None).newest(tmp_path / "back").name == "step-9"  # type: ignore[union-attr]
+
+
+def test_a_lost_folder_is_made_again(case: Case, tmp_path: Path) -> None:
+    mirror = case.open()
+    made = {step: make_checkpoint(case.run, step) for step in (1, 2)}
+    for path in made.values():
+        mirror.send(path, [1, 2])
+        settle(mirror)
+    kept = shutil.copytree(case.run, tmp_path / "kept")
+    shutil.rmtree(case.run)
+    assert restore(case.where, case.run, case.events.append) == made[2]
+    assert same(made[2], kept / "checkpoints/step-2")
+    assert not made[1].exists()
+    for name in ("recipe.yaml", "events.jsonl", "initial_adapter/adapter_model.safetensors"):
+        assert (case.run / name).read_bytes() == (made[2] / name).read_bytes()
+    assert "brought to step-2 from the mirror" in texts(case.events)[-1]
+    # Nothing newer: nothing is done. What is newer there, or whole there alone, comes.
+    (case.run / "events.jsonl").write_text("{}\n" * 9)
+    assert restore(case.where, case.run, case.events.append) is None
+    assert (case.run / "events.jsonl").read_text() == "{}\n" * 9
+    (made[2] / "state.safetensors").write_bytes(b"damaged")
+    assert restore(case.where, case.run, case.events.append) == made[2]
+    assert is_whole(made[2])
+    # Killed before the record was put back: what is there is no run yet.
+    (case.run / "events.jsonl").unlink()
+    assert restore(case.where, case.run, case.events.append) == made[2]
+    assert (case.run / "events.jsonl").exists()
+    assert not list(case.run.glob(".*"))
+
+
+def test_what_cannot_be_brought_back(case: Case, tmp_path: Path) -> None:
+    assert restore(case.where, tmp_path / "other", case.events.append) is None
+    assert not (tmp_path / "other").exists()
+    mirror = case.open("another")
+    mirror.send(make_checkpoint(case.run, 1), [1])
+    mirror.finish(None)
+    (case.run / "events.jsonl").touch()
+    with pytest.raises(RunError, match="hold different runs"):
+        restore(case.where, case.run, case.events.append)
+    Path(case.where).rename(tmp_path / "away")
+    Path(case.where).touch()
+    restore(case.where, case.run, case.events.append)  # a run is here: it goes on without
+    assert "does not take copies" in texts(case.events)[-1]
+    (case.run / "events.jsonl").unlink()
+    with pytest.raises(RunError, match="cannot be used"):  # else the mirror's would be replaced
+        restore(case.where, case.run, case.events.append)
+
+
+def test_the_newest_run_of_a_recipe_is_found_in_the_mirror(tmp_path: Path) -> None:
+    (tmp_path / "mirror").mkdir()
+    for name in ("lima-2026-01-09-2", "lima-2026-01-09-10", "other-2027-01-01-1"):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        mirror = Mirror.open(str(tmp_path / "mirror"), run, name, print, must_answer=True)
+        mirror.send(make_checkpoint(run, 3), [3])
+        mirror.finish(None)
+    shutil.rmtree(tmp_path / "runs")
+    assert names_in(str(tmp_path / "mirror"))[0] == "lima-2026-01-09-10"
+    bring_back(
+        str(tmp_path / "mirror"),
+        resume="auto",
+        out=None,
+        runs=tmp_path / "runs",
+        recipe_name="lima",
+        emit=lambda event: None,
+    )
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["lima-2026-01-09-10"]
+    assert (tmp_path / "runs/lima-2026-01-09-10/events.jsonl").exists()
 
 
 def test_what_an_ended_process_left_is_cleared(case: Case) -> None:
@@ -483,6 +567,7 @@ def test_a_mirror_on_the_hub(hub: Repositories, tmp_path: Path) -> None:
     assert last[f"models/{RUN}/adapter/one.safetensors"] == b"one"
     assert f"models/{RUN}/run.lock" not in last
 
+    assert names_in(case.where) == [RUN]
     again = case.open(None)
     assert again.run_id == "id"
     found = again.newest(tmp_path / "back")

@@ -50,6 +50,7 @@ from halfbyte.events.types import (
     Funnel,
     Interrupted,
     Kept,
+    Mirrored,
     ModelLoaded,
     Noticed,
     Phase,
@@ -150,6 +151,8 @@ class Display:
                 self.line(check_text(event), "green" if event.passed else "bold red")
             case Kept():
                 self._stop_bar()
+            case Mirrored(None, where):
+                self.line(f"copied to {where}: the adapter and the report")
             case Changed():
                 self.line(f"changed: {event.key} {event.before} → {event.now}")
             case Finished() | Interrupted() | Diverged():

@@ -18,6 +18,10 @@ from halfbyte.events.types import Finished, RunStarted
 
 LATEST = "latest"
 
+# Errors that a disk gives: no room, also by a limit of its owner's; or no disk that works.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BROKEN = (errno.EIO, errno.EROFS, errno.ENODEV, errno.ESTALE, errno.ENOTCONN)
+
 # What a run writes into its folder, and all that --overwrite removes.
 CONTENTS = (
     "adapter",
@@ -191,11 +195,20 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether ``error`` says that there was no space left to write.
+def disk_failure(error: Exception) -> tuple[str, str] | None:
+    """What is wrong with a disk, and what to do, where that is what ``error`` comes from.
 
     safetensors and tokenizers write from Rust and raise errors of their own with its words.
     """
+    numbers = (*_FULL, *_BROKEN)
     if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return os.strerror(errno.ENOSPC) in str(error)
+        found = error.errno
+    else:
+        found = next((n for n in numbers if f"(os error {n})" in str(error)), None)
+        if found is None and os.strerror(errno.ENOSPC) in str(error):
+            found = errno.ENOSPC
+    if found not in numbers or found is None:
+        return None
+    if found in _FULL:
+        return f"is full ({os.strerror(found)})", "free some space"
+    return f"cannot be written ({os.strerror(found)})", "see what is wrong with it"

@@ -210,6 +210,9 @@ class Mirror:
         found = self._target.open(make=self.run_id is not None)
         if self.run_id is None:
             self.run_id = found
+        elif found and found != self.run_id and not self._target.steps():
+            # That run was lost before it had a checkpoint here, and can never come back for it.
+            self._target.take(self.run_id)
         elif found is not None and found != self.run_id:
             what = f"another run ({found[:8]})" if found else "something else"
             raise RunError(

@@ -50,6 +50,8 @@ class FolderTarget:
             if make:
                 # Not its parents: where they are missing a disk is, or a name is wrong.
                 self.root.mkdir(exist_ok=True)
+            if self.root.exists() and not self.root.is_dir():
+                raise MirrorError("refused", f"{self.root} is a file; name a folder")
             if not self.folder.exists():
                 return None
             if not (self.folder / IDENTITY).exists():
@@ -57,6 +59,10 @@ class FolderTarget:
                 return "" if others else None
             self._known = True
             return identity_of((self.folder / IDENTITY).read_text(encoding="utf-8")) or ""
+
+    def take(self, run_id: str) -> None:
+        with self._one_clause(), self._new(self.folder / IDENTITY) as partial:
+            partial.write_text(identity_text(run_id), encoding="utf-8")
 
     def names(self) -> list[str]:
         with self._one_clause():

@@ -66,6 +66,9 @@ class HubTarget:
         text = found["identity"]
         return None if text is None else identity_of(text) or ""
 
+    def take(self, run_id: str) -> None:
+        self._do("take", identity=[f"{self.path}/{IDENTITY}", identity_text(run_id)])
+
     def names(self) -> list[str]:
         found = self._do("names", path="/".join(self.path.split("/")[:-1]), file=IDENTITY)
         return [str(name) for name in found["names"]]

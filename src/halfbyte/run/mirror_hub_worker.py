@@ -53,6 +53,14 @@ def _open(repo: str, make: bool, identity: str) -> dict[str, Any]:
     return {"public": info.private is False, "identity": _text(repo, identity)}
 
 
+def _take(repo: str, identity: list[str]) -> dict[str, Any]:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    add = CommitOperationAdd(identity[0], identity[1].encode())
+    HfApi().create_commit(repo, [add], commit_message="Begin a run")
+    return {}
+
+
 def _names(repo: str, path: str, file: str) -> dict[str, Any]:
     parts = [found.split("/") for found in _files(repo, path)]
     return {"names": sorted(run for run, *rest in parts if rest == [file])}
@@ -187,6 +195,7 @@ def _clause(error: Exception, repo: str) -> tuple[str, str]:
 
 _DO: dict[str, Callable[..., dict[str, Any]]] = {
     "open": _open,
+    "take": _take,
     "names": _names,
     "steps": _steps,
     "put": _put,

@@ -45,6 +45,9 @@ class Target(Protocol):
     def open(self, *, make: bool) -> str | None:
         """The id of the run that is there; None where none is. ``make``: be ready for one."""
 
+    def take(self, run_id: str) -> None:
+        """Let the place be this run's, where another one was that has nothing whole there."""
+
     def names(self) -> list[str]:
         """The names of all runs that the mirror holds, this one among them if it is there."""
 

@@ -12,6 +12,7 @@ from halfbyte.events.types import Warned
 from halfbyte.recipe import Recipe
 from halfbyte.run.mirror import END_SECONDS, Mirror, names_in
 from halfbyte.run.place import AUTO, begun_in, newest_name
+from halfbyte.run.record import RunRecord
 from halfbyte.run.restore import restore
 
 # A run that was stopped has seconds before its machine goes.
@@ -61,10 +62,10 @@ class Mirroring:
     else ``STOPPED_SECONDS``.
     """
 
-    def __init__(self, folder: Path, emit: Emit) -> None:
+    def __init__(self, folder: Path, record: RunRecord) -> None:
         self.folder = folder
         self.ended = False
-        self._emit = emit
+        self._record = record
         self._mirror: Mirror | None = None
         self._writer: CheckpointWriter | None = None
         self._best: int | None = None
@@ -73,7 +74,7 @@ class Mirroring:
         """Open the mirror. Raises RunError where it cannot be one, or holds another run, and for a
         ``new`` run where it cannot be reached."""
         if where is not None:
-            self._mirror = Mirror.open(where, self.folder, run_id, self._emit, must_answer=new)
+            self._mirror = Mirror.open(where, self.folder, run_id, self._record, must_answer=new)
 
     def follow(self, writer: CheckpointWriter) -> None:
         """Let ``writer`` keep the folders that are being copied."""
@@ -99,7 +100,8 @@ class Mirroring:
         if self._mirror is None or self._writer is None:
             return
         results = self.folder if self.ended else None
-        self._mirror.finish(results, END_SECONDS if self.ended else STOPPED_SECONDS)
+        with self._record.phase("mirror"):
+            self._mirror.finish(results, END_SECONDS if self.ended else STOPPED_SECONDS)
         if error is None:  # else the folder may not be ours any more
             prune_checkpoints(self._writer.folder, self._writer.keep_last, self._best)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from halfbyte.events import Emit, EventLog, Record
-from halfbyte.events.types import Event, Heartbeat, Phase, PhaseProgress, PhaseStarted
+from halfbyte.events.types import Event, Heartbeat, Phase, PhaseProgress, PhaseStarted, RunStarted
 from halfbyte.redaction import redact_all
 from halfbyte.run.heartbeat import EVERY, STARTING, HeartbeatThread, Work
 
@@ -45,7 +45,9 @@ class RunRecord:
         event = redact_all(event)
         self.work.mark()
         if self._log is None:
-            self._waiting.append(Record(time.time(), event))
+            # What was said while the folder was sought and locked belongs to the process too.
+            at = 0 if isinstance(event, RunStarted) else len(self._waiting)
+            self._waiting.insert(at, Record(time.time(), event))
             self.tell(event)
         else:
             self._written = time.monotonic()

@@ -39,7 +39,7 @@ from halfbyte.run.ending import end_run
 from halfbyte.run.folder import (
     check_space,
     clear_folder,
-    is_disk_full,
+    disk_failure,
     point_latest,
     write_whole,
 )
@@ -191,10 +191,12 @@ def train(
             if isinstance(error, HalfbyteError):
                 raise
             lock.check()  # what failed may have lost its folder
-            if not is_disk_full(error):
+            failure = disk_failure(error)
+            if failure is None:
                 raise
+            what, todo = failure
             raise RunError(
-                f"the disk of {folder} is full; free some space"
+                f"the disk of {folder} {what}; {todo}"
                 + (f" and go on with halfbyte train --resume {folder}." if record.opened else ".")
             ) from error
 
