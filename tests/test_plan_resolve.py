@@ -207,6 +207,15 @@ def test_without_held_out_rows_the_last_adapter_is_kept() -> None:
     assert any("evaluation.keep is best, but" in text for text in stated.warnings)
 
 
+def test_early_stopping_without_held_out_rows_is_warned_of() -> None:
+    early = "evaluation: {early_stopping: {patience: 3}}\n"
+    warned = [resolved(early, held_out=n).warnings for n in (0, 4)]
+    assert [any("early_stopping.patience is 3, but" in w for w in found) for found in warned] == [
+        True,
+        False,
+    ]
+
+
 def trainer_steps(tmp_path: Path, rows: int, batch: int, accumulation: int, epochs: float) -> int:
     trainer = Trainer(
         model=torch.nn.Linear(1, 1),

@@ -42,6 +42,7 @@ def warnings_of(
         _fill(units.packs),
         _epochs(asked),
         _keep(asked, recipe, held_out),
+        _early(recipe, held_out),
         _rank(asked, shape),
         experts_warning(asked.lora, shape),
     ]
@@ -139,6 +140,17 @@ def _keep(asked: Recipe, recipe: Recipe, held_out: int) -> str | None:
     return (
         "evaluation.keep is best, but no held-out loss is measured, so the last adapter is kept; "
         "--set data.held_out=auto --set evaluation.every_steps=auto measures it."
+    )
+
+
+def _early(recipe: Recipe, held_out: int) -> str | None:
+    patience = recipe.evaluation.early_stopping.patience
+    if patience is None or (held_out and recipe.evaluation.every_steps):
+        return None
+    return (
+        f"evaluation.early_stopping.patience is {patience}, but no held-out loss is measured, so "
+        "nothing ends the run early; --set data.held_out=auto --set evaluation.every_steps=auto "
+        "measures it."
     )
 
 
