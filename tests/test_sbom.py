@@ -57,6 +57,7 @@ def test_it_is_valid_by_the_schema_of_cyclonedx(run: Path) -> None:
 
 def test_it_lists_what_pip_says_is_needed(run: Path) -> None:
     """By a slow walk over what ``pip inspect`` prints."""
+    pytest.importorskip("pip")
     inspected = json.loads(
         subprocess.run(
             [sys.executable, "-m", "pip", "inspect", "--local"], capture_output=True, check=True

@@ -331,18 +331,27 @@ HOSTILE = {
     "floods": "\nwhile True: sys.stdout.write('x' * 1000 + '\\n'); sys.stderr.write('y' * 1000)",
     "starts what hangs": "subprocess.run(['sleep', '1000'])",
 }
+# Each harms a run in its own way at the same time.
+HOSTILE_TOGETHER = f"""
+name = sys.argv[-1]
+if name == "tensorboard":
+    {HOSTILE["raises later"]}
+if name == "wandb":
+    {HOSTILE["hangs"]}
+{HOSTILE["floods"]}
+"""
 
 
 @pytest.fixture
 def hostile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
     """Puts a script in the place of a tracker; its process's number lands in the file given."""
 
-    def make(name: str) -> Path:
+    def make(code: str) -> Path:
         numbers = tmp_path / "numbers"
         script = tmp_path / "hostile.py"
         script.write_text(
             "import os, signal, subprocess, sys, time\n"
-            f"open({str(numbers)!r}, 'a').write(f'{{os.getpid()}}\\n')\n{HOSTILE[name]}\n"
+            f"open({str(numbers)!r}, 'a').write(f'{{os.getpid()}}\\n')\n{code}\n"
         )
         monkeypatch.setattr(feed, "WORKER", (sys.executable, str(script)))
         monkeypatch.setattr(feed, "PAUSE", 0.01)
@@ -357,7 +366,7 @@ def hostile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
 def test_a_hostile_tracker_is_off_with_one_warning_and_its_processes_end(
     hostile: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    numbers = hostile(name)
+    numbers = hostile(HOSTILE[name])
     warnings = followed(tmp_path / "run", recipe(tensorboard=True), [*FIRST, Finished(7, 1.0)])
     (said,) = warnings
     assert said.startswith("trackers.tensorboard is off: it ")
@@ -368,7 +377,7 @@ def test_a_hostile_tracker_is_off_with_one_warning_and_its_processes_end(
 def test_a_slow_tracker_loses_the_oldest_events_and_they_are_counted(
     hostile: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hostile("hangs")
+    hostile(HOSTILE["hangs"])
     monkeypatch.setattr(feed, "PAUSE", 1_000.0)  # the thread takes nothing before the end
     asked = recipe(tensorboard=True)
     numbers = feed.QUEUE + 250
@@ -440,14 +449,13 @@ def test_hostile_trackers_leave_the_adapter_as_it_is(
 
     alone, warned = adapter("alone")
     assert warned == []
-    for name in ("raises later", "hangs", "floods"):
-        hostile(name)
-        same, warned = adapter(name.replace(" ", "-"), tensorboard=True, wandb={"project": "p"})
-        assert same == alone
-        assert sorted(text.split()[0] for text in warned) == [
-            "trackers.tensorboard",
-            "trackers.wandb",
-        ]
+    hostile(HOSTILE_TOGETHER)
+    every = {"tensorboard": True, "wandb": {"project": "p"}, "mlflow": {"experiment": "e"}}
+    same, warned = adapter("followed", **every)
+    assert same == alone
+    assert sorted(text.split()[0] for text in warned) == [
+        f"trackers.{name}" for name in sorted(every)
+    ]
 
 
 def test_a_resumed_run_goes_on_in_its_trackers(

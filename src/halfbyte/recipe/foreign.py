@@ -9,6 +9,9 @@ from __future__ import annotations
 
 # Their name: our key. Where a name means different things in two programs, it is left out.
 NAMES: dict[str, str] = {
+    # who is told
+    "wandb_project": "trackers.wandb.project",
+    "mlflow_experiment_name": "trackers.mlflow.experiment",
     # the model
     "base_model": "model.name",
     "model_id": "model.name",
@@ -241,8 +244,8 @@ NOT_SETTINGS: dict[str, str] = {
     "attn_implementation": "attention is chosen by what the device has",
     "use_cache": "it is off while training",
     "trust_remote_code": "nothing from a model's folder is ever executed",
-    "report_to": "every run writes events.jsonl and its own report",
-    "wandb_project": "every run writes events.jsonl and its own report",
+    "report_to": "state it under trackers, such as tensorboard: true; every run also writes "
+    "events.jsonl and its own report",
     "push_to_hub": "halfbyte writes the adapter to the run folder and uploads nothing",
     "bias": "an adapter has no biases",
     "loraplus_lr_embedding": "an embedding has no adapter; it is trained as a whole or not at all",
