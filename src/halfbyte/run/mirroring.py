@@ -96,12 +96,15 @@ class Mirroring:
     def __enter__(self) -> Mirroring:
         return self
 
-    def __exit__(self, error: object, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._mirror is None or self._writer is None:
             return
         results = self.folder if self.ended else None
+        wait = END_SECONDS if self.ended else STOPPED_SECONDS
+        if error is not None and not issubclass(error, Exception):
+            wait = 0.0  # told to end at once
         with self._record.phase("mirror"):
-            self._mirror.finish(results, END_SECONDS if self.ended else STOPPED_SECONDS)
+            self._mirror.finish(results, wait)
         if error is None:  # else the folder may not be ours any more
             prune_checkpoints(self._writer.folder, self._writer.keep_last, self._best)
 
