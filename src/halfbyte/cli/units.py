@@ -77,7 +77,8 @@ def visible(text: str) -> str:
 def _obeyed(c: str) -> bool:
     if c in "\n\t":
         return False
-    return unicodedata.category(c) == "Cc" or c in _DIRECTIONS
+    # Half a surrogate pair, which JSON can hold, is none that a terminal could be sent.
+    return unicodedata.category(c) in ("Cc", "Cs") or c in _DIRECTIONS
 
 
 def shortened(text: str, limit: int) -> str:

@@ -67,7 +67,7 @@ def _require_known(raw: dict[str, Any], name: str) -> None:
     from transformers import CONFIG_MAPPING
 
     kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own_code = (
             " (it comes with code of its own, which is never run)" if "auto_map" in raw else ""
         )

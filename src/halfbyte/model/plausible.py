@@ -64,4 +64,7 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, int | float]]:
 
 
 def _short(number: int) -> str:
-    return f"{number:,}" if abs(number) < 10**15 else f"{float(number):.3g}"
+    digits = str(abs(number))
+    return (
+        f"{number:,}" if len(digits) < 16 else f"{'-' * (number < 0)}{digits[0]}e{len(digits) - 1}"
+    )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+from halfbyte.errors import RecipeError
 from halfbyte.recipe.schema import LoraRecipe
 
+MOST_STEPS = 100_000_000  # there are tables with a number for each step
 LARGE_MODEL = 13_000_000_000  # parameters from which the smaller learning rate holds
 
 FIXED: dict[str, str] = {
@@ -63,6 +65,15 @@ def steps_per_epoch(rows: int, rows_per_step: int) -> int:
 def steps(per_epoch: int, passes: float) -> int:
     """Steps of ``passes`` epochs, rounded up; 0.07 epochs of 100 steps are 7, not 8."""
     return max(1, math.ceil(Fraction(str(passes)) * per_epoch))
+
+
+def bounded(key: str, total: int) -> int:
+    """``total`` steps, which ``key`` asks for. Raises RecipeError where there are too many."""
+    if total > MOST_STEPS:
+        raise RecipeError(
+            f"{key} asks for more than {MOST_STEPS:,} steps; --set training.max_steps to fewer."
+        )
+    return total
 
 
 def warmup_steps(total: int) -> tuple[int, str]:

@@ -426,9 +426,10 @@ def _steps(recipe: Recipe, units: Units, per_step: int) -> tuple[int, int]:
     training = recipe.training
     per_epoch = defaults.steps_per_epoch(units.count, per_step)
     if training.max_steps is not None:
-        return per_epoch, training.max_steps
+        return per_epoch, defaults.bounded("training.max_steps", training.max_steps)
     epochs = defaults.epochs(units.rows)[0] if training.epochs == "auto" else training.epochs
-    return per_epoch, defaults.steps(per_epoch, float(epochs))
+    total = defaults.steps(per_epoch, float(epochs))
+    return per_epoch, defaults.bounded("training.epochs", total)
 
 
 def _decide_watch(decided: Decisions, total: int, held_out: int) -> None:

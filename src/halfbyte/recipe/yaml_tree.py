@@ -26,6 +26,7 @@ Path = tuple[str | int, ...]
 
 _TAG = "tag:yaml.org,2002:"
 _MAX_DEPTH = 12  # a recipe is three deep
+_LARGEST = 1 << 53  # whole numbers that a float holds exactly; no setting comes near
 
 
 class CoreResolver(BaseResolver):
@@ -187,7 +188,7 @@ class _Reading:
             if kind == "bool" and text.lower() in ("true", "false"):
                 return text.lower() == "true"
             if kind == "int":
-                return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+                return self._countable(int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)))
             if kind == "float":
                 return self._finite(
                     float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
@@ -203,6 +204,11 @@ class _Reading:
                 "which recipes do not use; remove it."
             )
         return self._checked_text(node)
+
+    def _countable(self, number: int) -> int:
+        if abs(number) > _LARGEST:
+            raise ValueError
+        return number
 
     def _finite(self, number: float) -> float:
         if not math.isfinite(number):

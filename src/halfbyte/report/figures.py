@@ -52,6 +52,8 @@ def percentage(part: float, whole: float) -> str:
     if not whole or not math.isfinite(part) or not math.isfinite(whole):
         return NONE
     exact = Decimal(part) * 100 / Decimal(whole)
+    if abs(exact) >= 10**12:
+        return f"{float(exact):.3g}{NBSP}%".replace("-", MINUS)
     rounded = exact.quantize(Decimal("0.01"), rounding=ROUND_HALF_UP)
     if exact and not rounded:
         return f"<{NBSP}0.01{NBSP}%"
@@ -60,6 +62,8 @@ def percentage(part: float, whole: float) -> str:
 
 def size(number: float) -> str:
     """Bytes of a file or of weights."""
+    if not math.isfinite(number):
+        return not_finite(number)
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(number) >= unit * 0.9995:
             value = number / unit
@@ -74,6 +78,8 @@ def gib(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """A stretch of time, in the two units that matter."""
+    if not math.isfinite(seconds):
+        return not_finite(seconds)
     if seconds < 0.01:
         return f"0{NBSP}s" if seconds == 0 else f"<{NBSP}0.01{NBSP}s"
     if seconds < 9.95:
