@@ -67,6 +67,14 @@ def test_what_stands_in_urls_and_headers_is_hidden(text: str, secret: str) -> No
     assert redact(text).split()[0] == text.split()[0] or text.startswith(("{", "https"))
 
 
+def test_what_is_redacted_stays_as_it_is() -> None:
+    """A sentence is put together from parts that are redacted already."""
+    for text in (TOKEN, "https://hooks.slack.com/services/T0/B0/x", "https://a:b@c/d?token=e"):
+        once = redact(f"at {text}: it failed.")
+        assert once.endswith(": it failed.")
+        assert redact(once) == once
+
+
 def test_ordinary_texts_stay_as_they_are() -> None:
     for text in (
         "Basic knowledge of the bearer token; a password is asked for.",

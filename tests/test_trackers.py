@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from halfbyte import Recipe, train
@@ -300,6 +301,26 @@ def test_a_process_that_dies_is_told_of_as_lost(room: list[dict[str, Any]], tmp_
     assert done.returncode == -signal.SIGKILL
     until(lambda: bool(room))
     assert room[0]["outcome"] == "lost"
+
+
+def test_a_signal_to_the_whole_job_leaves_the_end_to_be_told(
+    room: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """As a scheduler sends it to every process, before it kills them."""
+    with Trackers(recipe(**WEBHOOK), print) as trackers:
+        trackers.begin(recipe(**WEBHOOK), tmp_path)
+        found = psutil.Process().children()
+        (worker,) = [p for p in found if "halfbyte.trackers.worker" in p.cmdline()]
+        until(lambda: bool(ignored(worker.pid) >> (signal.SIGTERM - 1) & 1))
+        worker.terminate()
+        trackers(Interrupted(1, "SIGTERM"))
+    assert room[0]["outcome"] == "interrupted"
+
+
+def ignored(process: int) -> int:
+    """The mask of the signals that a process ignores."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("SigIgn:")[2].split()[0], 16)
 
 
 def until(true: Callable[[], bool]) -> None:

@@ -31,7 +31,7 @@ _NAMES = re.compile(
     re.IGNORECASE,
 )
 
-# What goes whole, and what goes behind its first group.
+# What goes whole.
 _FORMS = re.compile(
     r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}"
     r"|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|pypi-[\w-]{40,}"
@@ -42,15 +42,17 @@ _FORMS = re.compile(
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,30}PRIVATE KEY-----|\Z)",
     re.DOTALL,
 )
+# What goes behind the first group, but for punctuation at its end.
 _BEHIND = [
     re.compile(r"(://)[^\s/'\"<>\\]{1,512}(?=@)"),
     re.compile(
         r"((?:hooks\.slack\.com/(?:services|workflows|triggers)|discord(?:app)?\.com/api/webhooks"
-        r"|\.webhook\.office\.com|outlook\.office\.com/webhook)/|api\.telegram\.org/bot)[^\s'\"<>\\]+"
+        r"|\.webhook\.office\.com|outlook\.office\.com/webhook)/|api\.telegram\.org/bot)"
+        r"[^\s'\"<>\\]*[^\s'\"<>\\:;,.)]"
     ),
     re.compile(
         r"([?&](?:[\w-]{0,40}(?:token|api_?key|secret|password|signature|credential)|sig|key|auth)=)"
-        r"[^&\s'\"<>\\]+",
+        r"[^&\s'\"<>\\]*[^&\s'\"<>\\:;,.)]",
         re.IGNORECASE,
     ),
     re.compile(
@@ -60,7 +62,7 @@ _BEHIND = [
     ),
     re.compile(r"(\b(?:Bearer|Basic) )(?=[\w.~+/-]*\d)[\w.~+/-]{16,}={0,2}"),
     re.compile(
-        r"((?:password|passwd|api_?key|secret_key|access_token|auth_token)=)[^\s&,;'\"<>\\]{4,}",
+        r"((?:password|passwd|api_?key|secret_key|access_token|auth_token)=)[^\s&,;'\"<>\\]{3,}[^\s&,;'\"<>\\:.)]",
         re.IGNORECASE,
     ),
 ]

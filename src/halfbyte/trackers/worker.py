@@ -74,7 +74,9 @@ def _lines(commands: IO[str]) -> Iterator[dict[str, Any]]:
 
 def _own_streams() -> tuple[IO[str], IO[str]]:
     """The pipes to the run, and nothing in their place for the tool to read or to write into."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A scheduler signals every process of a job; the run's own tells of its end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     commands = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDWR)
