@@ -294,8 +294,12 @@ class QLoRAModel:
 
 # Two short rows, with which our logits are compared with the network's own.
 _ROWS = (tuple(range(1, 25)), tuple(range(40, 20, -1)))
-# Share of the largest logit by which they may differ: 16-bit products round, and not in one order.
-_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+# How far they may be apart: in fp32 a share of the largest logit at every position, in 16 bits the
+# distance at the middle one of a row's positions, as a share of the logits' length there. Rounding
+# in 16 bits is small nearly everywhere and not at a few positions: in bf16 SmolLM2's middle
+# position is 0.012 apart, and its worst 0.84, of which transformers' own part is 0.73. A mistake is
+# everywhere behind where it begins.
+_APART = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 
 
 @torch.no_grad()
@@ -362,6 +366,10 @@ def _two_rows() -> Batch:
 
 
 def _near(ours: Tensor, theirs: Tensor, compute_dtype: torch.dtype) -> bool:
-    """Whether logits are the same but for rounding."""
-    apart = (ours - theirs).abs().max().item()
-    return apart <= _ROUNDING[compute_dtype] * theirs.abs().max().item()
+    """Whether logits [T, vocab] of ``_ROWS`` are the same but for rounding."""
+    if compute_dtype == torch.float32:
+        apart = (ours - theirs).abs().max().item()
+        return apart <= _APART[compute_dtype] * theirs.abs().max().item()
+    shares = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    middle = [row.median().item() for row in shares.split([len(row) for row in _ROWS])]
+    return all(share <= _APART[compute_dtype] for share in middle)
