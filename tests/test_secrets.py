@@ -81,6 +81,7 @@ def test_ordinary_texts_stay_as_they_are() -> None:
         "eos_token=<|im_end|> pad_token=<pad> https://huggingface.co/a/b?revision=main",
         "sk-learn-experiments/run-2024, task-1234567890123456789012, ann@example.org",
         "sha256 " + "0a" * 32,
+        "weight_initializationstrategyuniform, sk-learn-experiments_of_last_summer",
     ):
         assert redact(text) == text
 
@@ -100,6 +101,8 @@ def test_values_of_the_environment_are_hidden_however_they_are_written(
     # Switches, short values and names of files are no secrets.
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    monkeypatch.setenv("PWD", "/a/folder/that/is/gone")
+    assert redact(os.environ["PWD"]) == os.environ["PWD"]
     assert redact(f"1 {tmp_path}") == f"1 {tmp_path}"
 
 

@@ -26,18 +26,19 @@ HIDDEN = "[hidden]"
 SHORTEST = 8
 
 _NAMES = re.compile(
-    r"(?:^|_)(?:TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|PASS|PWD|PAT|CREDENTIALS?|DSN"
+    r"(?:^|_)(?:TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|PASS|(?<=_)PWD|PAT|CREDENTIALS?|DSN"
     r"|WEBHOOK(?:_URL)?|CONNECTION_STRING|(?:API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT)_?KEY)(?:_\d+)?$",
     re.IGNORECASE,
 )
 
 # What goes whole.
 _FORMS = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}"
-    r"|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|pypi-[\w-]{40,}"
-    r"|wandb_v\d+_\w{20,}|dapi[0-9a-f]{32}"
-    r"|(?<![A-Za-z0-9])sk-(?:[a-z0-9]+-){0,3}[A-Za-z0-9_]{20,}[\w-]*"
-    r"|(?<![A-Za-z0-9])A[KS]IA[0-9A-Z]{16}(?![A-Za-z0-9])|AIza[\w-]{35}|xox[a-z]-[\w-]{10,}"
+    r"hf_[A-Za-z0-9]{20,}"
+    r"|(?<![a-z0-9])(?:api_org_[A-Za-z0-9]{20,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|pypi-[\w-]{60,}"
+    r"|wandb_v\d+_\w{20,}|dapi[0-9a-f]{32}|AIza[\w-]{35}|xox[a-z]-[\w-]{10,}"
+    r"|sk-(?:[a-z0-9]+-){0,3}(?=[A-Za-z_]*\d)[A-Za-z0-9_]{20,}[\w-]*"
+    r"|A[KS]IA[0-9A-Z]{16}(?![A-Za-z0-9]))"
     r"|(?<![\w-])eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,30}PRIVATE KEY-----|\Z)",
     re.DOTALL,
@@ -62,7 +63,8 @@ _BEHIND = [
     ),
     re.compile(r"(\b(?:Bearer|Basic) )(?=[\w.~+/-]*\d)[\w.~+/-]{16,}={0,2}"),
     re.compile(
-        r"((?:password|passwd|api_?key|secret_key|access_token|auth_token)=)[^\s&,;'\"<>\\]{3,}[^\s&,;'\"<>\\:.)]",
+        r"((?:password|passwd|api_?key|secret_key|access_token|auth_token)=)"
+        r"[^\s&,;'\"<>\\]{3,}[^\s&,;'\"<>\\:.)]",
         re.IGNORECASE,
     ),
 ]
@@ -127,7 +129,8 @@ def _is_secret(name: str) -> bool:
 def _forms_of(value: str) -> frozenset[str]:
     """``value`` as it may stand in a text: plain, escaped, and of a URL what names the secret."""
     value = value.strip()
-    if len(value) < SHORTEST or os.path.exists(value):  # the name of a file that holds a secret
+    is_path = os.sep in value and os.path.exists(value)  # to a file that holds the secret
+    if len(value) < SHORTEST or is_path:
         return frozenset()
     found = {value, quote(value, safe=""), quote(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
     if "://" in value:
