@@ -301,7 +301,10 @@ def test_a_run_whose_trackers_and_libraries_fail_leaks_nothing(
     (tmp_path / "r.yaml").write_text(commented + "".join(f"{line}\n" for line in settings))
     words = ["train", "r.yaml", "--out", "run"]
     # The run itself dies after its last step, of a library.
-    then = "import halfbyte.run.training as t\nt.end_run = sitecustomize.fail"
+    then = "import halfbyte.run.training as t\nt.end_run = sitecustomize.fail\n"
+    then += (
+        "import halfbyte.trackers.listener as l\nl.END_SECONDS = 300.0"  # however busy it is here
+    )
     done = typed(tmp_path, refusing, *words, then=then)
     assert done.returncode == 1, done.stderr
     assert "RuntimeError: [hidden] [hidden] [hidden] [hidden] http://[hidden]@host/x" in done.stderr

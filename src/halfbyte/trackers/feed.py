@@ -98,6 +98,7 @@ class Feed:
             self.trouble = why
 
     def _feed(self, opening: Message) -> None:
+        """Write what waits, as lines, until the end is written or the tracker is off."""
         assert self._process.stdin is not None
         try:
             with self._process.stdin as pipe:
@@ -116,9 +117,9 @@ class Feed:
         except (OSError, ValueError):  # it is gone: its status or its own words say why
             with suppress(OSError):
                 self._process.stdin.close()
-            self._wake_up_late()
+            self._note_death()
 
-    def _wake_up_late(self) -> None:
+    def _note_death(self) -> None:
         """Take note of a process that ended by itself while the run goes on."""
         status = self._process.wait()
         self._reading.join(1.0)

@@ -120,13 +120,13 @@ class Trackers:
     ) -> None:
         if self._ended:
             return
-        if isinstance(error, KeyboardInterrupt):
-            self._end(INTERRUPTED, "Ctrl-C", STOP_SECONDS)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._end(INTERRUPTED, "at once", STOP_SECONDS)
         elif error is None:
             self._end(FAILED, "", END_SECONDS)
         else:
-            said = str(error) if isinstance(error, HalfbyteError) else f"{kind.__name__}: {error}"  # type: ignore[union-attr]
-            self._end(FAILED, said, END_SECONDS)
+            said = "" if isinstance(error, HalfbyteError) else f"{type(error).__name__}: "
+            self._end(FAILED, f"{said}{error}", END_SECONDS)
 
     def _offer(self, event: Event) -> None:
         if self._folder is None:
@@ -167,7 +167,8 @@ class Trackers:
                 self._warn(f"trackers.{feed.name} is off: it {feed.trouble}")
 
     def _warn(self, text: str) -> None:
-        self._record(Warned(text))
+        with suppress(OSError):  # a full disk is for the run's own events to tell of
+            self._record(Warned(text))
 
     def _keep(self, name: str, value: Any) -> None:
         """Write what a tracker wants to know after a resume into the run's ``trackers.json``."""
