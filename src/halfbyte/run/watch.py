@@ -16,7 +16,7 @@ from torch import Tensor
 from halfbyte.checkpoint.snapshot import HostCopies, Snapshot
 from halfbyte.checkpoint.state import CheckpointState
 from halfbyte.checkpoint.writer import CheckpointWriter
-from halfbyte.errors import DivergenceError
+from halfbyte.errors import DivergenceError, RunError
 from halfbyte.evaluate.held_out import held_out_loss
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import (
@@ -145,7 +145,10 @@ class Watch:
         for what in damaged:
             self.record(Warned(f"{what}; going back to an earlier one"))
         point = point or self._start
-        assert point is not None
+        if point is None:
+            raise RunError(
+                f"{self.folder} holds no checkpoint to go back to any more; start the run again."
+            )
         self.trainer.load_state(point.tensors)
         self.interventions.go_back_to(point.state.step)
         self.record(RolledBack(back.step, point.state.step, back.why))
