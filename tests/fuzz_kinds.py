@@ -87,8 +87,10 @@ data:
   held_out: 4
   max_length: 128
   cleaning:
-    - exact_duplicates: {}
-    - length: {min_characters: 2}
+    - {filter: exact_duplicates, by: question}
+    - {filter: length, answer_min_words: 1, answer_max_characters: 9000}
+    - {filter: pattern, replace: "a+b", replacement: c}
+    - {filter: script, allow: [Latin]}
 quantization: {double_quant: true, block_size: 64}
 lora: {r: 8, lora_alpha: 16, lora_dropout: 0.1, target_modules: [q_proj, v_proj]}
 training:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import halfbyte.data.template_process as template_process
 from chat_case import CONVERSATIONS, FAMILIES, tokenizer_of
 from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import ModelChat, own_template, pin_dates
+from halfbyte.data.cleaning.parts import messages_of
+from halfbyte.data.cleaning.patterns import pattern
 from halfbyte.data.example import Example, Message
 from halfbyte.data.formats.format import Origin, examples
 from halfbyte.data.formats.jinja_rows import JinjaRows
@@ -25,9 +29,12 @@ from halfbyte.data.known_templates import KNOWN, is_known
 from halfbyte.data.template import rows_of_each
 from halfbyte.data.template_process import Failed, TemplateStopped
 from halfbyte.data.turns import RowRefused
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, RecipeError
 from halfbyte.generate.conversation import Conversation
+from halfbyte.model.lora_targets import adapter_ranks, choose_targets
+from halfbyte.recipe.cleaning import Pattern
 from halfbyte.recipe.data_schema import JinjaRecipe
+from halfbyte.recipe.load import parse_recipe
 from safety_case import RECIPE, halfbyte, refused
 
 # What takes all memory or time where nothing stops it; each with why it is stopped.
@@ -334,3 +341,73 @@ def test_a_conversation_is_rendered_apart() -> None:
         tokenizer.chat_template = known
     with pytest.raises(DataError, match="takes more than"):
         conversation.prompt("a")
+
+
+# ---- regular expressions -------------------------------------------------------------------------
+
+ENDLESS = "(a+)+b"  # in forty a, which it tries to divide in every way
+LAYERS = ["model." + "a" * 40, "model.q_proj"]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    process = template_process.template_process()
+    process.close()
+    monkeypatch.setattr(template_process, "WAITED", 2.0)
+    yield
+    process.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_expression_without_an_end_is_stopped_at_its_row() -> None:
+    said = [Message("assistant", "a" * 40 if n == 70 else f"a{n}ab") for n in range(100)]
+    rows = [Example(n, (one,)) for n, one in enumerate(said)]
+    settings = Pattern(filter="pattern", drop=ENDLESS, field="answer")
+    with pytest.raises(TemplateStopped, match=r"of data\.cleaning, at row 71, takes more than 2"):
+        list(pattern(settings, rows))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: choose_targets(LAYERS, r"model\.(a+)+b"),
+        lambda: adapter_ranks(LAYERS, 8, {ENDLESS: 4}),
+    ],
+)
+def test_an_expression_for_layers_without_an_end_is_stopped(choose: Callable[[], Any]) -> None:
+    with pytest.raises(TemplateStopped, match=r"regular expression of lora\.\w+ takes more than 2"):
+        choose()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_expressions_find_what_python_finds(replace: bool) -> None:
+    """In every field, of rows of all kinds; with groups in what is put there."""
+    texts = ["Call 12 or 345.", "none", "", "77", "a\nb 8", "\ud800 9"]
+    rows = [
+        Example(n, (Message("user", one), Message("assistant", two, reasoning=one)), input=one)
+        for n, (one, two) in enumerate(itertools.product(texts, texts))
+    ]
+    rows.append(Example(99, text="5 texts"))
+    more = {"replace": r"(\d)(\d*)", "replacement": r"<\2\1>"} if replace else {"drop": r"\d\d"}
+    for field in ("question", "answer", "row"):
+        settings = Pattern(filter="pattern", field=field, **more)
+        found = list(pattern(settings, rows))
+        assert len(found) == len(rows)
+        for example, verdict in zip(rows, found, strict=True):
+            said = list(messages_of(example, field))
+            hits = [text for text in said if re.search(settings.drop or settings.replace, text)]
+            assert (verdict is None) == (not hits)
+            if verdict is not None and replace:
+                mended, _ = verdict
+                wanted = [re.sub(settings.replace, settings.replacement, text) for text in said]
+                assert list(messages_of(mended, field)) == wanted
+
+
+@pytest.mark.parametrize("wrong", ["(" * 5000 + ")" * 5000, "(", "a{1,2}{3}(?P<n>", "[" * 3000])
+def test_an_expression_that_is_none_is_told(wrong: str) -> None:
+    quoted = json.dumps(wrong)
+    recipe = RECIPE.replace("held_out: 4", f"cleaning: [{{filter: pattern, drop: {quoted}}}]")
+    for text in (recipe, RECIPE + f"lora: {{target_modules: {quoted}}}\n"):
+        with pytest.raises(RecipeError, match="regular expression"):
+            parse_recipe(text, "recipe.yaml")

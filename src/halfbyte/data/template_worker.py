@@ -1,4 +1,4 @@
-"""The process in which templates of strangers run: limited, and without anything to take.
+"""The process in which templates and expressions of strangers run, with limits and no secrets.
 
 It reads requests from standard input and writes answers to standard output, each a length of eight
 bytes and so many bytes: requests pickled by its parent, answers as JSON, which it could write
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from halfbyte.data.expression import Expression
 from halfbyte.data.jinja_sandbox import ChatTemplate, RowTemplate
 
 MEMORY = 512 << 20  # bytes more than it begins with
@@ -44,8 +45,7 @@ def main() -> None:
 def _answer(request: Any, templates: dict[str, Any], done: Callable[[], object]) -> list[Any]:
     kind, key, work = request
     if kind == "open":
-        make = RowTemplate if "columns" in work else ChatTemplate
-        return [_tried(lambda: templates.__setitem__(key, make(**work)))]
+        return [_tried(lambda: templates.__setitem__(key, _made(**work)))]
     found = []
     for one in work:
         found.append(_tried(lambda one=one: _rendered(templates, key, one)))  # type: ignore[misc]
@@ -53,11 +53,19 @@ def _answer(request: Any, templates: dict[str, Any], done: Callable[[], object])
     return found
 
 
+def _made(**work: Any) -> Any:
+    if "expression" in work:
+        return Expression(**work)
+    return RowTemplate(**work) if "columns" in work else ChatTemplate(**work)
+
+
 def _rendered(templates: dict[str, Any], key: Any, work: Any) -> Any:
     if isinstance(key, tuple):  # the templates of a row, each under its name
         return {name: _named(name, templates[one], work) for name, one in key}
+    template = templates[key]
+    if isinstance(template, Expression):
+        return template.of(*work)
     conversations, tools, generate, marks, special = work
-    template: ChatTemplate = templates[key]
     if marks:
         text, spans = template.text_and_marks(conversations[0], tools, special)
         return [_short(text)], spans

@@ -30,6 +30,12 @@ _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _WEIGHT = ".weight"
+# Of what is read of a configuration, what it may be.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "modules_to_save": list,
+    "trainable_token_indices": (list, dict),
+    "use_dora": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -184,12 +190,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read as JSON: {reason(error)}.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path} is not of a LoRA adapter, the only kind that halfbyte reads.")
+    for key, kinds in _KINDS.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kinds):
+            raise ModelError(f"{path} has {key} = {_shown(value)}, which PEFT does not take.")
     odd = []
     if config.get("bias", "none") != "none":
         odd.append("bias")
     if odd:
         raise ModelError(f"{path} sets {', '.join(odd)}, which halfbyte's adapters do not have.")
     return config
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import TypeVar
 
+from halfbyte.data.expressions import RecipeExpression
 from halfbyte.errors import ModelError
 
 ALL_LINEAR = "all-linear"
@@ -78,12 +80,12 @@ def saved_targets(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
 
 def fits(name: str, target: str, key: str, *, pattern: bool) -> bool:
     """Whether ``target``, a name or a pattern out of the setting ``key``, fits ``name``."""
-    return _full_match(target, name, key) if pattern else _is_named(name, target)
+    return _full_matches(target, [name], key)[0] if pattern else _is_named(name, target)
 
 
 def _fitting(names: Sequence[str], wanted: Targets, key: str) -> set[str]:
     if isinstance(wanted, str):
-        found = {name for name in names if _full_match(wanted, name, key)}
+        found = set(compress(names, _full_matches(wanted, names, key)))
         if not found:
             raise ModelError(
                 f"{key} is the pattern {wanted!r}, which must fit the whole name of a layer and "
@@ -106,7 +108,8 @@ def _fitting(names: Sequence[str], wanted: Targets, key: str) -> set[str]:
 def _by_pattern(
     names: Sequence[str], default: V, patterns: Mapping[str, V], key: str
 ) -> dict[str, V]:
-    fits = {name: [p for p in patterns if _end_matches(p, name, key)] for name in names}
+    matched = {pattern: _end_matches(pattern, names, key) for pattern in patterns}
+    fits = {name: [p for p in patterns if matched[p][at]] for at, name in enumerate(names)}
     for pattern in patterns:
         if not any(pattern in found for found in fits.values()):
             raise ModelError(
@@ -120,22 +123,23 @@ def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _full_match(pattern: str, name: str, key: str) -> bool:
+def _full_matches(pattern: str, names: Sequence[str], key: str) -> list[bool]:
+    return _matches(pattern, pattern, names, key)
+
+
+def _end_matches(pattern: str, names: Sequence[str], key: str) -> list[bool]:
+    return _matches(rf"(.*\.)?({pattern})", pattern, names, key)
+
+
+def _matches(expression: str, pattern: str, names: Sequence[str], key: str) -> list[bool]:
+    """Which of ``names`` are matched, found in the worker process: the recipe may be anybody's."""
     try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise _no_pattern(pattern, key, error) from error
-
-
-def _end_matches(pattern: str, name: str, key: str) -> bool:
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as error:
-        raise _no_pattern(pattern, key, error) from error
-
-
-def _no_pattern(pattern: str, key: str, error: re.error) -> ModelError:
-    return ModelError(f"{key} has {pattern!r}, which is no regular expression: {error}.")
+        re.compile(pattern)  # by itself: in brackets a wrong one may be right
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ModelError(
+            f"{key} has {pattern!r}, which is no regular expression: {error}."
+        ) from error
+    return RecipeExpression(expression, key).matches(names)
 
 
 def _leaves(names: Iterable[str]) -> str:

@@ -189,7 +189,7 @@ class Pattern(Filter):
     def _is_expression(cls, pattern: str | None) -> str | None:
         try:
             re.compile(pattern or "")
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise wrong_setting("", f"is not a regular expression: {error}.") from None
         return pattern
 
@@ -203,7 +203,7 @@ class Pattern(Filter):
             raise wrong_setting("replacement", "stands beside drop; it belongs to replace.")
         try:
             re.compile(self.replace or "").sub(self.replacement, "")
-        except (re.error, IndexError) as error:
+        except (re.error, IndexError, RecursionError, OverflowError) as error:
             raise wrong_setting("replacement", f"does not fit its pattern: {error}.") from None
         return self
 

@@ -27,7 +27,7 @@ LoraInit = Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "loftq"]
 def _require_expression(pattern: str, key: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise rule(key, f"has {pattern!r}, which is no regular expression: {error}.") from error
 
 
