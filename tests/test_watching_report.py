@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from halfbyte.cli.display import Display
 from halfbyte.events import EventLog, Record, read_events
 from halfbyte.events.types import (
     Event,
@@ -19,6 +23,7 @@ from halfbyte.events.types import (
     RunStarted,
     Step,
     StoppedEarly,
+    TrainingStarted,
 )
 from halfbyte.report import make_report
 from halfbyte.report.result import five_sentences
@@ -176,3 +181,46 @@ def test_what_trackers_are_told() -> None:
         "text": f"{SPIKE.text}; look at these rows.",
     }
     assert message_of(LEFT_OUT, 5.0) is None
+
+
+def test_what_the_screen_says(tmp_path: Path) -> None:
+    """Logged losses are means of the steps that hold, in a pipe."""
+    file = io.StringIO()
+    display = Display(Console(file=file, width=200, no_color=True), logging_steps=5)
+
+    def step(number: int, loss: float, **more: Any) -> Step:
+        return Step(number, 1.0, loss, 1e-4, 1.0, 10, 5, 0.1, 2**30, **more)
+
+    noticed = dataclasses.replace(SPIKE, step=7, text="the loss of step 7 is 90", todo="look")
+    said = dataclasses.replace(noticed, name="loss_zero", action="say", step=9)
+    stopped = dataclasses.replace(noticed, action="stop")
+    left_out = step(7, math.nan, skipped=True, left_out=True)
+    with EventLog(tmp_path, listeners=[display]) as log:
+        log(RunStarted("0.1.0", ["halfbyte"], str(tmp_path)))
+        log(TrainingStarted(20, 2, 1, 20, 10, 2.0, "2 cores", "fp16"))
+        for number in range(1, 7):
+            log(step(number, float(number)))
+        log(step(7, 90.0))
+        for event in (noticed, RolledBack(7, 4, "loss_spike"), step(5, 10.0), step(6, 20.0)):
+            log(event)
+        for event in (left_out, step(8, 30.0), step(9, 40.0), said, step(10, 50.0), stopped):
+            log(event)
+        log(RolledBack(10, 10, "loss_not_finite"))
+        log(RateLowered(10, 11, 0.5, "loss_spike"))
+        log(StoppedEarly(10, 3, 5, 1.25))
+    display.close()
+    lines = [" ".join(line.split()) for line in file.getvalue().splitlines()]
+    steps = [line for line in lines if line.startswith("step ") and " loss " in line]
+    means = [15 / 5, (1 + 2 + 3 + 4 + 10) / 5, (20 + 30 + 40 + 50) / 4]
+    assert [line.split(" loss ")[1].split()[0] for line in steps] == [f"{m:.4f}" for m in means]
+    assert [line for line in lines if not line.startswith(("run folder", "training", "step"))] == [
+        "",
+        "warning: the loss of step 7 is 90.",
+        "back to the checkpoint of step 4; step 7 will be passed over, its batch left out",
+        "warning: the loss of step 7 is 90; look.",
+        "the learning rate is multiplied by 0.5 from step 11 on",
+        "ending early: 3 evaluations in a row without a new lowest held-out loss (lowest 1.2500 "
+        "after step 5)",
+    ]
+    assert "step 10 is left out; it made no update" in lines
+    assert "overflowed" not in file.getvalue()
