@@ -420,7 +420,9 @@ def test_the_newest_whole_checkpoint_comes_back(case: Case, tmp_path: Path) -> N
     assert case.open(None).newest(tmp_path / "back").name == "step-9"  # type: ignore[union-attr]
 
 
-def test_a_lost_folder_is_made_again(case: Case, tmp_path: Path) -> None:
+def test_a_lost_folder_is_made_again(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mirror = case.open()
     made = {step: make_checkpoint(case.run, step) for step in (1, 2)}
     for path in made.values():
@@ -441,8 +443,25 @@ def test_a_lost_folder_is_made_again(case: Case, tmp_path: Path) -> None:
     (made[2] / "state.safetensors").write_bytes(b"damaged")
     assert restore(case.where, case.run, case.events.append) == made[2]
     assert is_whole(made[2])
-    # Killed before the record was put back: what is there is no run yet.
+    # Ended before the record was put back: what is there is no run yet.
     (case.run / "events.jsonl").unlink()
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(RunError, match=r"cannot be made again of .*step-2 \(full\)"):
+            restore(case.where, case.run, case.events.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        with pytest.raises(RunError, match="cannot be made again"):
+            restore(case.where, case.run, case.events.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror_folder, "_sync", lambda fd: full(case.run, case.run))
+        with pytest.raises(RunError, match=r"the disk of .*checkpoints is full"):
+            restore(case.where, case.run, case.events.append)
+    assert not (case.run / "events.jsonl").exists()
     assert restore(case.where, case.run, case.events.append) == made[2]
     assert (case.run / "events.jsonl").exists()
     assert not list(case.run.glob(".*"))
@@ -575,6 +594,9 @@ def test_a_mirror_on_the_hub(hub: Repositories, tmp_path: Path) -> None:
     assert same(found, made[3])
     assert [p.name for p in (tmp_path / "back").iterdir()] == ["step-3"]
     with pytest.raises(RunError, match="another run"):
+        case.open("another")
+    hub.fail = {"mirror.json": 403}  # that it cannot be read does not say that it is not there
+    with pytest.raises(RunError, match="cannot be used"):
         case.open("another")
 
 

@@ -197,8 +197,10 @@ class Mirror:
             text = f"step-{step} in the mirror {self.words} is not whole: an earlier one is taken"
             self._emit(Warned(text))
             return None
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, MirrorError) and error.kind == "full":  # the disk here
+                raise RunError(f"the disk of {into} is full; free some space.") from error
             raise
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

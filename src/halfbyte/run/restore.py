@@ -48,7 +48,13 @@ def restore(where: str, folder: Path, emit: Emit) -> Path | None:
         after = -1 if here is None else step_of(here.name)
         found = mirror.newest(folder / CHECKPOINTS, -1 if after is None else after)
         if found is not None:
-            fill_folder(folder, found)
+            try:
+                fill_folder(folder, found)
+            except OSError as error:
+                raise RunError(
+                    f"{folder} cannot be made again of {found} ({error.strerror or error}); mend "
+                    "that and begin once more."
+                ) from error
             text = f"{folder} was brought to {found.name} from the mirror {mirror.words}"
             emit(Warned(text))
     if found is None and made:
