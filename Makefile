@@ -60,10 +60,10 @@ $(VENV)/.check: $(VENV)/.test
 
 # What continuous integration installs: nothing but files whose SHA-256 is in requirements/.
 locked: | $(BIN)/python
-	$(PIP) --require-hashes --no-deps -r requirements/torch.txt
-	@# torch's build for CPUs needs none of CUDA's libraries.
-	@$(BIN)/python -m pip show torch | grep -q '^Version: .*+cpu$$' || \
-		$(PIP) --require-hashes --no-deps -r requirements/cuda.txt
+	@# pip takes the public build of torch where it may, since it knows that one's hash beforehand.
+	@$(PIP) --require-hashes --no-deps -r requirements/torch-cpu.txt 2>/dev/null || { \
+		echo "No index here has torch for CPUs alone, as locked; the public build is taken."; \
+		$(PIP) --require-hashes --no-deps -r requirements/torch.txt -r requirements/cuda.txt; }
 	$(PIP) --require-hashes --no-deps -r requirements/ci.txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(VENV)/.run $(VENV)/.test $(VENV)/.check

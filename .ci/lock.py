@@ -1,8 +1,8 @@
 """Write requirements/: every file that continuous integration installs, by its SHA-256.
 
 ``make lock`` runs ``python .ci/lock.py UV`` after it wrote constraints.txt; the program ``uv`` asks
-the index for the hashes. torch stands in a file of its own: its build for CPUs and the one with
-CUDA are both allowed, and only the latter needs the libraries in cuda.txt.
+the index for the hashes. torch stands in files of its own: its build for CPUs is taken where a
+machine is offered one, or the public one with the libraries in cuda.txt.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ def main(uv: str) -> None:
     for names, options in ((BUILD, []), (ALONE, ["--no-deps"])):
         blocks |= {k: v for k, v in compiled(uv, options, names=names).items() if k not in blocks}
     torch = blocks.pop("torch")
-    cpu = [h for h in cpu_hashes() if h not in torch]
-    torch += "".join(f" \\\n    --hash=sha256:{digest}" for digest in cpu)
     cuda = {name: block for name, block in blocks.items() if CUDA.match(name)}
     rest = {name: block for name, block in blocks.items() if name not in cuda}
-    write("torch.txt", [torch], "torch: the public builds, and the one for CPUs alone.")
+    write("torch.txt", [torch], "The public builds of torch.")
+    write_cpu_torch(re.findall(r"==([0-9.]+)", torch)[0])
     write("cuda.txt", cuda.values(), "Libraries that torch's public build for Linux needs.")
     write("ci.txt", rest.values(), "All else that the checks and the tests need.")
 
@@ -54,17 +53,19 @@ def compiled(
     return {name.lower(): block for block, name in found}
 
 
-def cpu_hashes() -> list[str]:
-    """Of torch's wheel for CPUs: of the one that pip finds here, or those that were known."""
-    installed = version("torch")
-    if installed.endswith("+cpu"):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            subprocess.run([*command, "--dest", folder, f"torch=={installed}"], check=True)
-            return [hashlib.sha256(f.read_bytes()).hexdigest() for f in Path(folder).iterdir()]
-    known = FOLDER / "torch.txt"
-    text = known.read_text(encoding="utf-8") if known.exists() else ""
-    return re.findall(r"sha256:([0-9a-f]{64})", text) if f"torch=={installed}" in text else []
+def write_cpu_torch(public: str) -> None:
+    """Lock torch's build for CPUs where it is installed; leave what stands of that version."""
+    installed, path = version("torch"), FOLDER / "torch-cpu.txt"
+    if not installed.endswith("+cpu"):
+        if path.exists() and f"torch=={public}+cpu" not in path.read_text(encoding="utf-8"):
+            sys.exit(f"{path} is of another version: run make lock where torch's CPU build is.")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--dest", folder, f"torch=={installed}"], check=True)
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir()]
+    lines = [f"torch=={installed}", *(f"    --hash=sha256:{digest}" for digest in digests)]
+    write(path.name, [" \\\n".join(lines)], "torch for CPUs alone, where an index offers it.")
 
 
 def write(name: str, blocks: object, head: str) -> None:

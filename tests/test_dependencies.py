@@ -25,6 +25,10 @@ def test_every_pinned_package_is_locked_by_hash_in_the_same_version() -> None:
                 assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), block
     missing = {n: v for n, v in pinned.items() if locked.get(normal(n)) != v}
     assert missing == {}
+    cpu = text_of("requirements/torch-cpu.txt")
+    assert re.search(
+        rf"^torch=={pinned['torch']}\+cpu \\\n +--hash=sha256:[0-9a-f]{{64}}$", cpu, re.M
+    )
 
 
 def normal(name: str) -> str:
