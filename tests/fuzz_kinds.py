@@ -117,6 +117,10 @@ def make_place(folder: Path, model: Path, rows: Path, gguf: Path | None = None) 
         ended = CliRunner().invoke(app, ["train", "recipe.yaml", "--out", out, *more])
         if ended.exception is not None:
             raise ended.exception
+    # What is changed is right before: else nothing behind its first fault would be seen.
+    (folder / "rich.yaml").write_text(RICH)
+    ended = CliRunner().invoke(app, ["recipe", "rich.yaml"])
+    assert ended.exit_code == 0, ended.output
     # A run that was stopped: its second checkpoint and what followed it are gone.
     shutil.rmtree(folder / "stopped" / "checkpoints" / "step-2")
     shutil.rmtree(folder / "stopped" / "adapter")
@@ -281,7 +285,8 @@ def _words(kind: str, name: str, rng: Random) -> list[str]:
             data = ["data", "recipe.yaml", "--set", f"data.path={name}"]
             return rng.choice([["init", name, "--out", "new.yaml"], data])
         case "record":
-            return rng.choice([["report", "run"], ["report", "run"], ["report", "run", "stopped"]])
+            more = ["report", "run", "stopped"], ["status", "run", "--json"]
+            return rng.choice([["report", "run"], ["report", "run"], *more])
         case "adapter":
             return ["chat", "run"]
         case "model":
@@ -333,7 +338,7 @@ def _holds(folder: str) -> bool:
 
 
 def _wrong_end(words: list[str], code: int, said: str) -> str | None:
-    if code == 0 or (code == 1 and words[0] in ("data", "init")):
+    if code == 0 or (code == 1 and words[0] in ("data", "init", "status")):
         return None
     if code != 2:
         return f"exit code {code}: {said[-500:]}"

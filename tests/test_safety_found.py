@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from halfbyte.cli.units import visible
-from halfbyte.errors import ModelError, RecipeError
+from halfbyte.errors import ModelError, RecipeError, gave_up
 from halfbyte.events import read_events
 from halfbyte.model.plausible import require_plausible
 from halfbyte.model.source import open_model, open_tokenizer
@@ -20,7 +21,7 @@ from halfbyte.recipe.load import parse_recipe
 from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.report import figures, make_report
 from run_records import write_run
-from safety_case import RECIPE
+from safety_case import RECIPE, refused
 
 
 def record_line(folder: Path, kind: str, **values: object) -> int:
@@ -116,3 +117,43 @@ def test_more_steps_than_there_can_be() -> None:
 def test_half_a_character_is_shown() -> None:
     assert visible("a\ud800b") == "a\\ud800b"
     assert visible("\U0001f600") == "\U0001f600"
+
+
+def test_a_tokenizer_that_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_rows: Path
+) -> None:
+    """An expression of tokenizer.json that takes for ever: what is raised is no Exception."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RUST_BACKTRACE", "0")
+    shutil.copytree(tiny_model, "model")
+    path = Path("model/tokenizer.json")
+    read = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated"}
+    steps = [{**split, "invert": False}, read["pre_tokenizer"]]
+    read["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    path.write_text(json.dumps(read))
+    rows = tiny_rows.read_text().replace("It is", "a" * 40)
+    Path("rows.jsonl").write_text(rows)
+    Path("recipe.yaml").write_text(RECIPE)
+    assert "the model's tokenizer gives up on" in refused("data", "recipe.yaml")
+    with pytest.raises(BaseException, match="retry-limit") as raised:
+        PreTrainedTokenizerFast.from_pretrained("model")("a" * 40)
+    assert gave_up(raised.value)
+    assert not gave_up(KeyboardInterrupt())
+
+
+def test_a_sentencepiece_file_with_a_long_piece(tmp_path: Path, tiny_model: Path) -> None:
+    """Each piece is tried at every cut; SentencePiece itself takes pieces of 65,535 bytes."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
+    for text in (*kinds, "a", "b", "a" * 2000):
+        piece = model.pieces.add()
+        piece.piece, piece.score, piece.type = text, 0.0, kinds.get(text, 1)
+    model.trainer_spec.model_type = 2
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="a piece of over 1000 characters"):
+        open_tokenizer(ModelRecipe(name=str(folder)))

@@ -39,3 +39,11 @@ class DivergenceError(RunError):
 
 class DeviceError(HalfbyteError):
     """What the recipe states cannot be done on this machine."""
+
+
+def gave_up(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, as ``tokenizers`` does on some files.
+
+    It raises what is no Exception, under a name that cannot be imported.
+    """
+    return type(error).__name__ == "PanicException"

@@ -14,7 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from halfbyte.cli.units import visible
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, gave_up
+from halfbyte.redaction import redact
 
 FOUND_ERRORS = 1
 USER_ERROR = 2
@@ -33,3 +34,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             print("halfbyte: stopped", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
+        except BaseException as error:
+            if not gave_up(error):
+                raise
+            words = visible(" ".join(redact(str(error)).split())).rstrip(".")
+            print(f"halfbyte: a library gave up on what it was given ({words}).", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from error

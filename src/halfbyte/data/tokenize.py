@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.data.batch import Segment, TokenizedRow
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, gave_up
 
 # Rows in one call: enough that the tokenizer's threads have work, and few enough that the last
 # call, which nothing is done beside, is short.
@@ -81,6 +81,13 @@ def _encoded(
         except TypeError:  # what it says of a text that UTF-8 cannot hold
             whole = [whole_characters(text) for text in texts]
             encodings = backend.encode_batch(whole, add_special_tokens=False)
+        except BaseException as error:
+            if not gave_up(error):
+                raise
+            raise DataError(
+                f"the model's tokenizer gives up on one of these {len(texts):,} rows ({error}); "
+                "its tokenizer.json is damaged, or made to take for ever: use another model."
+            ) from None
         return encodings
 
     iterator = iter(rows)

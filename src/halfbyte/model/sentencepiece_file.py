@@ -15,6 +15,7 @@ from halfbyte.errors import ModelError
 from halfbyte.foreign_json import read_json, read_small
 
 FILE = "tokenizer.model"
+_LONGEST = 1000  # characters of a piece, which is tried at every cut; SentencePiece makes 16
 _FAMILIES = ("llama", "mistral")
 _SETTINGS = (
     *("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token"),
@@ -41,6 +42,10 @@ def sentencepiece_tokenizer(folder: Path, name: str, model_type: str) -> Any:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / FILE))
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{folder / FILE} is no SentencePiece file: get it again.") from error
+    if len(pieces) and max(len(pieces.id_to_piece(i)) for i in range(len(pieces))) > _LONGEST:
+        raise ModelError(
+            f"{folder / FILE} has a piece of over {_LONGEST} characters: get it again."
+        )
     vocabulary = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     settings, added = _settings(folder)
     tokenizer = LlamaTokenizer(

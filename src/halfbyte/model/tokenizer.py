@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, gave_up
 from halfbyte.foreign_json import read_json
 from halfbyte.model.sentencepiece_file import FILE, sentencepiece_tokenizer
 from halfbyte.model.wording import reason
@@ -27,7 +27,9 @@ def load_tokenizer(folder: Path, name: str, model_type: str) -> Any:
     _require_fast_class(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, each about the files' content
+    except BaseException as error:  # transformers raises many kinds, each about the files' content
+        if not isinstance(error, Exception) and not gave_up(error):
+            raise
         raise ModelError(f"the tokenizer of {name} cannot be read: {reason(error)}.") from error
     return require_usable(tokenizer, name)
 
@@ -94,7 +96,9 @@ def require_usable(tokenizer: Any, name: str) -> Any:
         [*map(int, tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(whole)))]
         dict(tokenizer.special_tokens_map)
         tokenizer.added_tokens_decoder.items()
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not gave_up(error):
+            raise
         raise ModelError(f"the tokenizer of {name} cannot be used: {reason(error)}.") from error
     template = tokenizer.chat_template
     lengths = map(len, template.values() if isinstance(template, dict) else [template or ""])
