@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from chaos_case import Ended, Lab, adapter_hash, checkpoints, has_step
+from chaos_case import Ended, Lab, adapter_hash, checkpoints, has_event, has_step
 
 # What went wrong at one injection, with where it was; None where the run survived.
 Outcome = str | None
@@ -82,9 +82,9 @@ def asked_to_end(lab: Lab, most: int) -> Iterator[Outcome]:
         else:
             ended = _signalled_at(lab, folder, step)
         # Before the run takes signals the system's own way of ending it holds; shells say 143 too.
-        allowed = (0, 143, -15) if late else (143,)
+        allowed = (0, 143, -15) if late or has_event(folder, "finished") else (143,)
         wrong = None if ended.code in allowed else f"code {ended.code}"
-        if not late and not wrong and not checkpoints(folder):
+        if ended.code == 143 and not late and not checkpoints(folder):
             wrong = "no checkpoint was written"
         yield wrong or lab.made_up_for(folder, ended)
 

@@ -146,12 +146,12 @@ class Lab:
         again = self.train(folder, *more)
         if again.code != 0:
             return f"it did not go on ({again.code}): {again.text.strip().splitlines()[-1:]}"
-        # Of a run that had finished only what shows is looked at again: a dead lock stays.
-        return self.unlike(folder, locked=finished)
+        # A run that had finished is not begun again, so that nothing clears what was left then.
+        return self.unlike(folder, cleared=not finished)
 
-    def unlike(self, folder: Path, *, locked: bool = False) -> str | None:
-        """How a finished run differs from one that nothing happened to; ``run.lock`` may be left
-        where it was ``locked``."""
+    def unlike(self, folder: Path, *, cleared: bool = True) -> str | None:
+        """How a finished run differs from one that nothing happened to; unless its last process
+        ``cleared`` it, hidden files and a dead lock may be left."""
         if adapter_hash(folder) != self.reference:
             return "the adapter is another one"
         if damaged(folder):
@@ -159,8 +159,8 @@ class Lab:
         places = [*folder.glob(".*"), *folder.glob("adapter/.*"), *folder.glob("checkpoints/.*")]
         # A report's names are drawn by chance, so that its next one cannot know the half of one.
         left = [p.name for p in places if p.name.endswith(HIDDEN) and "report" not in p.name]
-        left += ["run.lock"] * (not locked and (folder / "run.lock").exists())
-        return f"left behind: {left}" if left else None
+        left += [path.name for path in folder.glob("run.lock")]
+        return f"left behind: {left}" if left and cleared else None
 
     def _ask(self, request: dict[str, Any]) -> object:
         assert self._server.stdin is not None
