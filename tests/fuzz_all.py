@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -125,7 +126,8 @@ def _record(
     rows.append(
         {"case": "all", "tool": "halfbyte", "metric": "time", "value": round(seconds), "unit": "s"}
     )
-    write_results("fuzz", rows, command="make fuzz")
+    words = shlex.join(sys.argv[1:])
+    write_results("fuzz", rows, command=f"make fuzz FUZZ_ARGS={shlex.quote(words)}")
 
 
 if __name__ == "__main__":

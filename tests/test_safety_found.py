@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.cli.units import visible
+from halfbyte.data.batch import Bucket
 from halfbyte.errors import ModelError, RecipeError, gave_up
 from halfbyte.events import read_events
 from halfbyte.model.plausible import require_plausible
@@ -20,6 +21,7 @@ from halfbyte.plan.defaults import MOST_STEPS, bounded
 from halfbyte.recipe.load import parse_recipe
 from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.report import figures, make_report
+from halfbyte.run.strategy import Strategy, read_strategy
 from run_records import write_run
 from safety_case import RECIPE, refused
 
@@ -157,3 +159,28 @@ def test_a_sentencepiece_file_with_a_long_piece(tmp_path: Path, tiny_model: Path
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="a piece of over 1000 characters"):
         open_tokenizer(ModelRecipe(name=str(folder)))
+
+
+def test_a_name_that_no_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a" * 5000, "a/" * 3000):
+        Path("recipe.yaml").write_text(RECIPE.replace("rows.jsonl", name))
+        assert "is no name that a file can have" in refused("data", "recipe.yaml")
+        assert "is no name that a file can have" in refused("report", name)
+    Path("one").symlink_to("two")
+    Path("two").symlink_to("one")
+    Path("recipe.yaml").write_text(RECIPE.replace("rows.jsonl", "one/rows.jsonl"))
+    refused("data", "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"kernels": []}, {"kernels": {"attention": 1}}, {"buckets": [{}]}, {"versions": None}, {}],
+)
+def test_a_strategy_of_other_kinds_is_none(tmp_path: Path, values: dict[str, Any]) -> None:
+    path = tmp_path / "strategy.json"
+    whole = Strategy("cpu", {"torch": "2"}, 0, 0, {}, {}, [Bucket(8, 4, 8)], False, True)
+    whole.write(tmp_path)
+    assert read_strategy(tmp_path) == whole
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values} if values else []))
+    assert read_strategy(tmp_path) is None

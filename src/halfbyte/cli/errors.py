@@ -7,6 +7,7 @@ halfbyte.
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
@@ -34,6 +35,16 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             print("halfbyte: stopped", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            name = visible(str(error.filename))
+            print(
+                f"halfbyte: {name[:60]}{'…' * (len(name) > 60)} is no name that a file can have "
+                f"({error.strerror}).",
+                file=sys.stderr,
+            )
+            raise typer.Exit(USER_ERROR) from None
         except BaseException as error:
             if not gave_up(error):
                 raise

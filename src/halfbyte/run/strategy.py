@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from halfbyte.data.batch import Bucket
+from halfbyte.foreign_json import read_json
 from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN, Kernels
 from halfbyte.plan.device import Device
 from halfbyte.run.fingerprint import package_versions
@@ -66,11 +68,8 @@ class Strategy:
 def read_strategy(folder: Path) -> Strategy | None:
     """The strategy of the run in ``folder``; None where none can be read."""
     try:
-        raw: dict[str, Any] = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        buckets = raw["buckets"]
-        raw["buckets"] = None if buckets is None else [Bucket(**bucket) for bucket in buckets]
-        return Strategy(**raw)
-    except (OSError, ValueError, TypeError, KeyError):
+        return TypeAdapter(Strategy).validate_python(read_json(folder / FILE_NAME))
+    except (OSError, ValueError, TypeError):  # what pydantic raises is a ValueError
         return None
 
 
