@@ -2,62 +2,54 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import halfbyte
-from halfbyte.errors import DivergenceError, HalfbyteError, RunError
+from halfbyte.errors import DivergenceError, RunError
 from halfbyte.events import Emit
 from halfbyte.events.types import (
-    Changed,
     Finished,
     Interrupted,
-    RunStarted,
     StopAsked,
     TrainingStarted,
-    Warned,
 )
 from halfbyte.loop.steps import run_steps
-from halfbyte.plan.machine import machine_mark
 from halfbyte.recipe import Recipe
-from halfbyte.recipe.secret_values import refuse_secrets
-from halfbyte.recipe.write import dump_recipe
-from halfbyte.redaction import redact
-from halfbyte.run.adapter_start import save_start
 from halfbyte.run.ahead import import_ahead, key_ahead
 from halfbyte.run.allocator import spare_memory
-from halfbyte.run.assembly import NOT_THE_SAME, Assembly, assemble, with_max_steps
-from halfbyte.run.changes import MACHINE, require_known
+from halfbyte.run.assembly import Assembly, assemble, with_max_steps
+from halfbyte.run.changes import require_known
 from halfbyte.run.determinism import deterministic
 from halfbyte.run.ending import end_run
 from halfbyte.run.folder import (
     check_space,
-    clear_folder,
-    disk_failure,
     point_latest,
-    write_whole,
 )
 from halfbyte.run.interrupt import StopRequest
 from halfbyte.run.kernel_trial import kernel_trial
-from halfbyte.run.lock import RunLock
-from halfbyte.run.mirroring import Mirroring, bring_back, with_mirror
+from halfbyte.run.mirroring import with_mirror
+from halfbyte.run.opening import (
+    Wanted,
+    fill_folder,
+    open_run,
+    place_of,
+    take_folder,
+    told_of_the_disk,
+)
 from halfbyte.run.outcome import Run
-from halfbyte.run.place import find_place
+from halfbyte.run.place import AUTO
 from halfbyte.run.reacting import GoBackError
 from halfbyte.run.record import RunRecord
-from halfbyte.run.resume import Resumed, open_resumed
-from halfbyte.run.setup import Trainer, capture, load_model, make_trainer, strategy
+from halfbyte.run.resume import Point, Resumed
+from halfbyte.run.setup import Trainer, capture, load_model, make_trainer
 from halfbyte.run.stepper import Stepper
-from halfbyte.run.strategy import FILE_NAME as STRATEGY_FILE
 from halfbyte.run.techniques import techniques
 from halfbyte.run.watch import Watch
-from halfbyte.trackers.listener import Trackers
 
 # How many steps the losses of a GPU are read late, so that it never waits for the host.
 LAG = 8
@@ -101,131 +93,74 @@ def train(
     began = time.time()
     require_known(allow)
     record = RunRecord(listeners)
-    runs = Path(runs)
-    if recipe is None and (resume is None or str(resume) == "auto"):
+    if recipe is None and (resume is None or str(resume) == AUTO):
         raise RunError("there is no recipe to train; give one, or a run folder to resume.")
     if recipe is not None:
         if recipe.file is not None:
             recipe_name = recipe_name or recipe.file.stem
             recipe_folder = recipe_folder or recipe.file.parent
         recipe = with_mirror(with_max_steps(recipe, max_steps), mirror)
+    wanted = Wanted(
+        out=None if out is None else Path(out),
+        runs=Path(runs),
+        recipe_name=recipe_name or "run",
+        overwrite=overwrite,
+        resume=resume,
+        allow=allow,
+        mirror=mirror,
+        command=command or ["halfbyte.train"],
+    )
     with ExitStack() as held:
         stop = held.enter_context(StopRequest(lambda name: record.tell(StopAsked(name))))
-        where = mirror if recipe is None else recipe.checkpoints.mirror
-        if resume is not None and where is not None:
-            bring_back(
-                where,
-                resume=resume,
-                out=None if out is None else Path(out),
-                runs=runs,
-                recipe_name=recipe_name or "run",
-                emit=record,
-            )
-        place = find_place(
-            recipe,
-            out=None if out is None else Path(out),
-            runs=runs,
-            recipe_name=recipe_name or "run",
-            overwrite=overwrite,
-            resume=resume,
-            allow=allow,
-        )
-        folder = place.folder
+        place = place_of(recipe, wanted, record)
         if place.finished:
-            return Run.make(folder, interrupted=False)
-        claimed = place.claimed
-        if claimed is not None:
-            held.callback(lambda: None if record.opened else claimed.release())
-        lock = held.enter_context(RunLock(folder, tell=lambda text: record(Warned(text))))
-        held.callback(record.close)
-        record.prepare(folder, ours=lambda: lock.lost is None)
-        copies = held.enter_context(Mirroring(folder, record))
-        try:
-            resumed = None
-            if claimed is None:
-                resumed = open_resumed(folder, wanted=recipe, allow=allow)
-            chosen = recipe if resumed is None else resumed.recipe
-            assert chosen is not None
-            chosen = with_mirror(chosen, mirror)
-            refuse_secrets(chosen)
-            trackers = held.enter_context(Trackers(chosen, record, tell=record.tell))
-            record.listeners.append(trackers)
-            if chosen.memory_limit_gb is not None:
+            return Run.make(place.folder, interrupted=False)
+        lock, copies = take_folder(held, place, record)
+        with told_of_the_disk(place.folder, record, lock):
+            opened = open_run(held, place, recipe, wanted, record)
+            if opened.recipe.memory_limit_gb is not None:
                 spare_memory()
-            run_id = resumed.run_id if resumed else secrets.token_hex(8)
-            record(
-                RunStarted(
-                    version=halfbyte.__version__,
-                    command=command or ["halfbyte.train"],
-                    folder=str(folder),
-                    resumed_from=resumed.step if resumed else None,
-                    run_id=run_id,
-                    machine=machine_mark(),
-                )
-            )
-            if resumed is not None:
-                _tell_of_resuming(resumed, record, allow)
-            copies.begin(chosen.checkpoints.mirror, run_id, new=resumed is None)
+            copies.begin(opened.recipe.checkpoints.mirror, opened.run_id, new=not opened.begun)
             if torch.cuda.is_available():
                 key_ahead()
             assembly = assemble(
-                chosen,
+                opened.recipe,
                 record,
                 recipe_folder=recipe_folder,
-                tell=resumed is None,
-                earlier=resumed.strategy if resumed else None,
-                only_here=resumed is not None and resumed.step > 0 and MACHINE not in allow,
-                run_id=run_id,
+                tell=not opened.begun,
+                earlier=opened.resumed.strategy if opened.resumed else None,
+                only_here=opened.only_here(allow),
+                run_id=opened.run_id,
             )
-            if resumed is not None:
-                resumed.check_rows(assembly)
+            if opened.resumed is not None:
+                opened.resumed.check_rows(assembly)
             with _same_bits(assembly), _own_stream(assembly):
-                trainer = _prepare(assembly, record, resumed)
-                check_space(folder, _bytes_written(trainer, assembly.recipe.checkpoints.keep_last))
-                _begin_folder(folder, assembly, trainer, resumed, asked or dump_recipe(chosen))
-                record.open(folder)
-                trackers.begin(assembly.recipe, folder)
-                point_latest(folder, runs)
-                return _run(assembly, trainer, record, folder, began, resumed, stop, lock, copies)
-        except Exception as error:
-            if isinstance(error, HalfbyteError):
-                raise
-            lock.check()  # what failed may have lost its folder
-            failure = disk_failure(error)
-            if failure is None:
-                raise
-            what, todo = failure
-            raise RunError(
-                f"the disk of {folder} {what}; {todo}"
-                + (f" and go on with halfbyte train --resume {folder}." if record.opened else ".")
-            ) from error
-
-
-def _tell_of_resuming(resumed: Resumed, record: RunRecord, allow: Collection[str]) -> None:
-    """What is not as it was. Raises RunError where it cannot be as it was, and none has agreed."""
-    for change in resumed.changes:
-        record(Changed(change.key, str(change.before), str(change.now)))
-    for sentence in resumed.damaged:
-        record(Warned(f"{sentence}; going on from step {resumed.step:,}"))
-    if resumed.point is not None and resumed.strategy is None:
-        missing = f"{resumed.folder / STRATEGY_FILE}, how steps are made, cannot be read"
-        if MACHINE not in allow:
-            raise RunError(f"{missing}, so {NOT_THE_SAME}.")
-        record(Warned(f"{missing}: it is decided anew, and sums may be rounded in other ways"))
-
-
-def _begin_folder(
-    folder: Path, assembly: Assembly, trainer: Trainer, resumed: Resumed | None, asked: str
-) -> None:
-    """Write what a run is made from into its folder; the record of what it does comes after."""
-    if resumed is None:
-        clear_folder(folder)
-        write_whole(folder / "recipe.asked.yaml", redact(asked))
-    if resumed is None or resumed.point is None:
-        save_start(folder, assembly, trainer.model)
-    write_whole(folder / "recipe.yaml", dump_recipe(assembly.recipe))
-    if assembly.earlier is None:
-        strategy(assembly, trainer).write(folder)
+                trainer = _prepare(assembly, record, opened.resumed)
+                keep_last = assembly.recipe.checkpoints.keep_last
+                check_space(place.folder, _bytes_written(trainer, keep_last))
+                fill_folder(place.folder, assembly, trainer, opened, asked)
+                record.open(place.folder)
+                opened.trackers.begin(assembly.recipe, place.folder)
+                point_latest(place.folder, wanted.runs)
+                watch = Watch(
+                    assembly,
+                    trainer,
+                    record,
+                    place.folder,
+                    copies,
+                    lock,
+                    lag=lag_of(assembly),
+                )
+                copies.follow(watch.writer)
+                return _run(
+                    assembly,
+                    trainer,
+                    watch,
+                    record,
+                    None if opened.resumed is None else opened.resumed.point,
+                    stop,
+                    began,
+                )
 
 
 def _same_bits(assembly: Assembly) -> AbstractContextManager[Any]:
@@ -282,16 +217,14 @@ def _prepare(assembly: Assembly, record: RunRecord, resumed: Resumed | None) -> 
 def _run(
     assembly: Assembly,
     trainer: Trainer,
+    watch: Watch,
     record: RunRecord,
-    folder: Path,
-    began: float,
-    resumed: Resumed | None,
+    point: Point | None,
     stop: StopRequest,
-    lock: RunLock,
-    copies: Mirroring,
+    began: float,
 ) -> Run:
-    """The steps, and what comes after them."""
-    recipe, resolved = assembly.recipe, assembly.resolved
+    """The steps after ``point``, and what comes after them."""
+    recipe, resolved, folder = assembly.recipe, assembly.resolved, watch.folder
     record(
         TrainingStarted(
             rows=len(assembly.data.train),
@@ -306,13 +239,8 @@ def _run(
             watched=True,
         )
     )
-    watch = Watch(
-        assembly, trainer, record, folder, copies, may_write=lock.check, lag=lag_of(assembly)
-    )
-    copies.follow(watch.writer)
     if assembly.device.kind == "cuda":
         import_ahead()
-    point = None if resumed is None else resumed.point
     try:
         stop.stepping = True
         if point is None:
@@ -321,10 +249,8 @@ def _run(
         else:
             watch.go_on_from(point.state, point.best)
         done = 0 if point is None else point.state.step
-        last = _steps(
-            assembly, trainer, watch, record, lambda: stop.requested or lock.lost is not None, done
-        )
-        lock.check()
+        last = _steps(assembly, trainer, watch, record, stop, done)
+        watch.lock.check()
         if last < resolved.steps:
             watch.save(last)
         watch.finish_saving()
@@ -339,7 +265,7 @@ def _run(
         return Run.make(folder, interrupted=True, signal=stop.name)
     end_run(assembly, trainer, watch, record, folder, last)
     record(Finished(last, time.time() - began))
-    copies.ended = True
+    watch.copies.ended = True
     return Run.make(folder, interrupted=False)
 
 
@@ -348,7 +274,7 @@ def _steps(
     trainer: Trainer,
     watch: Watch,
     record: RunRecord,
-    stop: Callable[[], bool],
+    stop: StopRequest,
     done: int,
 ) -> int:
     """The steps after ``done``, some of them again where the run goes back; returns the last."""
@@ -361,7 +287,7 @@ def _steps(
                 first=done + 1,
                 last=assembly.resolved.steps,
                 after=[watch.note_step, watch.evaluate, watch.checkpoint],
-                stop=lambda: stop() or watch.ended_early,
+                stop=lambda: stop.requested or watch.lock.lost is not None or watch.ended_early,
                 lag=lag_of(assembly),
                 needs_state=watch.needs_state,
             )

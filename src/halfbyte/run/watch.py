@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +34,7 @@ from halfbyte.run.energy import EnergyMeter
 from halfbyte.run.fingerprint import package_versions
 from halfbyte.run.folder import GOES_ON_WITH
 from halfbyte.run.interventions import Interventions
+from halfbyte.run.lock import RunLock
 from halfbyte.run.mirroring import Mirroring
 from halfbyte.run.noticing import Noticing, span_of
 from halfbyte.run.reacting import GoBackError, Reactions
@@ -56,7 +56,7 @@ class Watch:
         record: RunRecord,
         folder: Path,
         copies: Mirroring,
-        may_write: Callable[[], None],
+        lock: RunLock,
         lag: int,
     ) -> None:
         """``lag`` is how many steps late a step is read at most."""
@@ -65,7 +65,7 @@ class Watch:
         self.record = record
         self.folder = folder
         self.copies = copies
-        self.may_write = may_write  # raises RunError where another process has the folder
+        self.lock = lock
         self.writer = CheckpointWriter(
             folder / "checkpoints", assembly.recipe.checkpoints.keep_last
         )
@@ -206,7 +206,7 @@ class Watch:
         if self._submitted == step:
             return
         began = time.perf_counter()
-        self.may_write()
+        self.lock.check()
         self.finish_saving()  # the memory that is copied into is then free again
         if not torch.isfinite(self.trainer.parameters.data).all():
             reason = f"the adapter is no longer finite after step {step:,}"
