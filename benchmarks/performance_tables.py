@@ -26,6 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOKENS, ROWS = 768, 4  # of the page's floors
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
+Tables = dict[str, Callable[[Path], str]]
 Figures = dict[tuple[str, str], dict[str, float]]  # by case and tool: metric to value
 
 # Fastest and slowest of Unsloth and TRL on another machine, for a page without gpu_vs_peers.json.
@@ -41,14 +42,18 @@ CASES = {
 }
 
 
-def render(page: str, results: Path = RESULTS) -> str:
-    """``page`` with every marked table made anew. Raises ValueError for a name that is unknown."""
+def render(page: str, results: Path = RESULTS, tables: Tables | None = None) -> str:
+    """``page`` with every marked table made anew, by default those of docs/performance.md.
+
+    Raises ValueError for a name that is unknown.
+    """
+    known = TABLES if tables is None else tables
 
     def table(match: re.Match[str]) -> str:
         name = match[2]
-        if name not in TABLES:
-            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name](results)}\n{match[4]}"
+        if name not in known:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(known)}")
+        return f"{match[1]}{known[name](results)}\n{match[4]}"
 
     return _MARKED.sub(table, page)
 
@@ -315,7 +320,7 @@ def _cell(values: dict[str, float], metric: str, form: str) -> str:
     return format(values[metric], form) if metric in values else ""
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
+TABLES: Tables = {
     "parts": parts,
     "cards": cards,
     "expected": expected,
@@ -326,16 +331,16 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def main(argv: Sequence[str] | None = None, page: Path = PAGE, tables: Tables | None = None) -> int:
+    parser = argparse.ArgumentParser(description=f"The tables of {page.name}.")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if not current")
     args = parser.parse_args(argv)
-    there = PAGE.read_text(encoding="utf-8")
-    made = render(there)
+    there = page.read_text(encoding="utf-8")
+    made = render(there, tables=tables)
     if args.check:
         return int(made != there)
-    PAGE.write_text(made, encoding="utf-8")
-    print(f"written: {PAGE.relative_to(ROOT)}", file=sys.stderr)
+    page.write_text(made, encoding="utf-8")
+    print(f"written: {page.relative_to(ROOT)}", file=sys.stderr)
     return 0
 
 

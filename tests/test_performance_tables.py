@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md are those of the result files."""
+"""The tables of docs/performance.md and docs/reliability.md are those of the result files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 floors = importlib.import_module("floors")
 tables = importlib.import_module("performance_tables")
+reliability = importlib.import_module("reliability_tables")
 
 
 def write(folder: Path, name: str, rows: list[tuple[Any, ...]]) -> None:
@@ -33,11 +34,12 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_the_page_is_current() -> None:
-    page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.render(page) == page, "run python benchmarks/performance_tables.py"
+@pytest.mark.parametrize("of", [tables, reliability], ids=["performance", "reliability"])
+def test_the_page_is_current(of: Any) -> None:
+    page = of.PAGE.read_text(encoding="utf-8")
+    assert tables.render(page, tables=of.TABLES) == page, f"run python benchmarks/{of.__name__}.py"
     shown = {match[2] for match in tables._MARKED.finditer(page)}
-    assert shown == set(tables.TABLES), "a table is not in the page"
+    assert shown == set(of.TABLES), "a table is not in the page"
 
 
 def test_a_table_is_put_between_its_marks_and_a_wrong_name_is_told(tmp_path: Path) -> None:
