@@ -35,9 +35,9 @@ def place(
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
-        ("recipe", 80),
-        ("rows", 120),
-        ("record", 40),
+        ("recipe", 50),
+        ("rows", 80),
+        ("record", 25),
         ("model", 30),
         ("GGUF", 8),
         ("adapter", 6),

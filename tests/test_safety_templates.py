@@ -315,6 +315,7 @@ def test_the_command_line_says_so_in_a_sentence(
     for bad, said in (
         ("{{ 'a' * 10**11 }}", "takes more than 512 MB"),
         ("{% for %}", "does not take this conversation"),
+        ("{# nothing #}", "writes nothing of this conversation"),
         ("a" * (1 << 19), "longer than"),
         ("{# #}" * (1 << 19), "larger than"),
     ):

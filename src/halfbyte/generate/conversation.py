@@ -52,12 +52,18 @@ class Conversation:
     def prompt(self, message: str) -> Rendered:
         """The prompt for ``message``; where it is too long the oldest turns are forgotten.
 
-        Raises ModelError where the template does not take the conversation.
+        Raises ModelError where the template does not take the conversation, or writes nothing.
         """
         dropped = 0
         while True:
             prompt = self._render(message)
-            if not self._turns or self._count(prompt) <= self._room:
+            tokens = self._count(prompt)
+            if not tokens:
+                raise ModelError(
+                    "the adapter's chat_template.jinja writes nothing of this conversation; mend "
+                    "the template."
+                )
+            if not self._turns or tokens <= self._room:
                 return Rendered(prompt, dropped)
             del self._turns[0]
             dropped += 1
