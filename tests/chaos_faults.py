@@ -75,6 +75,8 @@ class _Calls:
                 place = os.readlink(f"/proc/self/fd/{place}")
             except OSError:
                 return False
+            if not place.startswith("/"):
+                return False  # a pipe to a process of its own, which no disk can fill
         return isinstance(place, str | os.PathLike) and os.path.abspath(place).startswith(
             self.below
         )

@@ -179,6 +179,8 @@ class ModelChat:
                     self._replay = None
                 del replays[place]
             places = list(replays)
+            if not places:
+                break
             try:
                 answers = self._chat.ask([replays[place].asked for place in places])
             except TemplateStopped as stopped:
