@@ -156,8 +156,26 @@ def test_what_a_killed_process_left_half_done_is_removed(part: Path) -> None:
     half.mkdir()
     (half / "state.safetensors").write_bytes(b"half")
     (part / "checkpoints" / ".step-1.removed").mkdir()
+    (part / ".report.md.1234.partial").write_bytes(b"half")
+    (part / "plots" / ".loss.png.1234.partial").write_bytes(b"half")
     train(resume=part, runs=part.parent)
-    assert not list((part / "checkpoints").glob(".*"))
+    assert not list(part.rglob(".*"))
+
+
+def test_links_and_pipes_in_a_strangers_run_lead_nowhere(part: Path, tmp_path: Path) -> None:
+    last = checkpoints_in(part / "checkpoints")[-1]
+    (last / "strategy.json").unlink()
+    os.mkfifo(last / "strategy.json")
+    with pytest.raises(RunError, match=r"strategy\.json is no file"):
+        check_manifest(last)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("adapter", "report.html"):
+        (part / name).unlink(missing_ok=True)
+        (part / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(RunError, match=rf"{name} is a link"):
+            train(resume=part, runs=part.parent)
+        (part / name).unlink()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(part: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +37,10 @@ def check_manifest(folder: Path) -> None:
     for name, listed in _read(folder).items():
         path = folder / name
         try:
-            size = path.stat().st_size
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a link leads away
+                raise _damaged(folder, f"{name} is no file")
+            size = found.st_size
             if size != listed["bytes"]:
                 raise _damaged(folder, f"{name} has {size:,} bytes in place of {listed['bytes']:,}")
             if sha256(path) != listed["sha256"]:

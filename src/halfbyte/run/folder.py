@@ -185,6 +185,22 @@ def require_run(folder: Path) -> None:
         raise RunError(f"{folder} {what}; name the folder that halfbyte train printed.")
 
 
+def refuse_links(folder: Path) -> None:
+    """Raises RunError where something that a run writes is a link, which may lead anywhere."""
+    for name in CONTENTS:
+        if (folder / name).is_symlink():
+            raise RunError(
+                f"{folder / name} is a link, and a run would write where it leads; remove it."
+            )
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a process that was killed had half written, but for checkpoints."""
+    for path in (*folder.glob(".*.partial"), *folder.glob("plots/.*.partial")):
+        if path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raises RunError where the disk of ``folder`` has not ``needed`` bytes left."""
     free = shutil.disk_usage(folder).free

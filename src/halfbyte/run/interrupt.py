@@ -41,7 +41,10 @@ class StopRequest:
                 number = getattr(signal, name, None)  # Windows has fewer
                 if number is None:
                     continue
-                usual = (signal.SIG_DFL, signal.default_int_handler)
+                # nohup has SIGHUP ignored, and means it; that a shell has SIGINT ignored in what it
+                # starts in the background is of no account to whoever sends one.
+                usual = [signal.SIG_DFL, signal.default_int_handler]
+                usual += [signal.SIG_IGN] if name == "SIGINT" else []
                 if signal.getsignal(number) in usual:
                     self._before[number] = signal.signal(number, self._take)
         return self

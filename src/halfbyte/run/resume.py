@@ -25,7 +25,12 @@ from halfbyte.recipe.settings import get
 from halfbyte.run.assembly import Assembly
 from halfbyte.run.changes import Change, changed_recipe
 from halfbyte.run.fingerprint import DATA, HELD_OUT, TRAIN
-from halfbyte.run.folder import is_finished, require_run
+from halfbyte.run.folder import (
+    is_finished,
+    refuse_links,
+    remove_partial_files,
+    require_run,
+)
 from halfbyte.run.strategy import Strategy, read_strategy
 
 CHECKPOINTS = "checkpoints"
@@ -106,7 +111,9 @@ def open_resumed(
     finished, and for changes of the recipe that ``allow`` does not name.
     """
     require_run(folder)
+    refuse_links(folder)
     remove_remains(folder / CHECKPOINTS)
+    remove_partial_files(folder)
     point, path, damaged = newest_point(folder)
     own = folder / "recipe.yaml"
     began = load_recipe(path / own.name if path is not None else own)
