@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +24,48 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_precision() -> Iterator[None]:
+    """What is compared is compared in fp32, on a processor that multiplies bf16 itself as well.
+
+    Runs that leave their precision open would be in bf16 there. And bitsandbytes, an oracle of many
+    tests, has code of its own for processors with AVX-512: its layers round to bf16 what they are
+    given in any type, and NF4 is dequantized wrongly where a row is not whole blocks. Its general
+    code is the oracle everywhere.
+    """
+    import halfbyte.plan.device as device
+
+    real = device.read_processor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "read_processor", lambda: replace(real(), bf16_native=False))
+        avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        if avx512 and find_spec("bitsandbytes") is not None:
+            from bitsandbytes.nn import modules
+
+            patch.setattr(modules, "has_avx512bf16", lambda: False)
+            library = torch.library.Library("bitsandbytes", "IMPL")
+            with warnings.catch_warnings(action="ignore"):  # that it takes another one's place
+                library.impl("dequantize_4bit", _dequantize_4bit, "CPU", allow_override=True)
+        yield
+
+
+def _dequantize_4bit(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """What bitsandbytes itself does on a processor that it has no code for."""
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+    from bitsandbytes.backends.utils import _get_4bit_code
+
+    code = _get_4bit_code(quant_type, codes.device)
+    flat = codes.view(torch.uint8).reshape(-1)
+    return _dequantize_4bit_compute(flat, absmax.float(), code, blocksize, shape, dtype)
 
 
 @pytest.fixture(scope="session")

@@ -216,6 +216,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(place: Path) -> None:
     """A real process and a real signal; what comes out equals an uninterrupted run's."""
     command = [sys.executable, "-m", "halfbyte", "train", "numbers.yaml", "--set"]
     command += ["training.epochs=50", "--out", "run", "--set", "evaluation.every_steps=50"]
+    command += ["--set", "precision=fp32"]  # of another process, which the fixtures do not reach
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     shown = ""
