@@ -7,11 +7,13 @@ that nothing happened to, with no damaged checkpoint under its own name, and not
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -362,11 +364,36 @@ def table(lab: Lab, part: str) -> list[str]:
         lost += wrong
         rows.append((name, len(outcomes), len(outcomes) - len(wrong), len(wrong)))
         print(_line(*rows[-1]), *wrong, sep="\n", flush=True)
+        if "CHAOS_RECORD" in os.environ:
+            _record(rows)
     print("", _line("fault", "injected", "survived", "lost"), sep="\n")
     for row in [*rows, ("all", *(sum(row[n] for row in rows) for n in (1, 2, 3)))]:
         print(_line(*row))
     print(f"{time.monotonic() - began:.0f} s; {len(lab.calls)} calls to the disk in a run")
     return lost
+
+
+def _record(rows: list[tuple[str, int, int, int]]) -> None:
+    """Write benchmarks/results/chaos.json, or the lines of it that were made again."""
+    benchmarks = Path(__file__).resolve().parent.parent / "benchmarks"
+    sys.path.insert(0, str(benchmarks))
+    from record import write_results
+
+    path = benchmarks / "results" / "chaos.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    made = {row[0] for row in rows}
+    kept = [row for row in known if row["case"] in CASES and row["case"] not in made]
+    new = [
+        {"case": name, "tool": "halfbyte", "metric": metric, "value": value, "unit": "runs"}
+        for name, *values in rows
+        for metric, value in zip(("injected", "survived", "lost"), values, strict=True)
+    ]
+    order = list(CASES)
+    write_results(
+        "chaos",
+        sorted([*kept, *new], key=lambda row: order.index(row["case"])),
+        command="make chaos CHAOS_RECORD=1",
+    )
 
 
 def _line(name: str, *figures: object) -> str:
