@@ -18,8 +18,8 @@ import pytest
 from halfbyte.checkpoint.state import CheckpointState
 from halfbyte.errors import RunError
 from halfbyte.events.types import Event, Mirrored, Warned
-from halfbyte.run import mirror_folder
-from halfbyte.run.mirror import Mirror, names_in
+from halfbyte.mirror import folder_target
+from halfbyte.mirror.mirror import Mirror, names_in
 from halfbyte.run.mirroring import bring_back
 from halfbyte.run.restore import restore
 from mirror_hub_case import SIGNATURE, TOKEN, Repositories, serving
@@ -117,7 +117,7 @@ def make_results(run: Path, text: str = "one") -> None:
 
 def test_a_mirror_holds_what_the_run_holds(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
-    sync = mirror_folder._sync
+    sync = folder_target._sync
 
     def look(fd: int) -> None:
         """At every file that is finished: what shows is whole, and there is always something."""
@@ -128,7 +128,7 @@ def test_a_mirror_holds_what_the_run_holds(case: Case, monkeypatch: pytest.Monke
             seen.append(shown)
         sync(fd)
 
-    monkeypatch.setattr(mirror_folder, "_sync", look)
+    monkeypatch.setattr(folder_target, "_sync", look)
     mirror = case.open()
     kept: dict[int, list[int]] = {2: [2], 4: [2, 4], 6: [2, 4, 6], 8: [4, 6, 8]}
     for step, keep in kept.items():
@@ -160,14 +160,14 @@ def test_a_mirror_holds_what_the_run_holds(case: Case, monkeypatch: pytest.Monke
 def test_an_older_checkpoint_that_waits_is_dropped(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, copy, copied = threading.Event(), mirror_folder.FolderTarget._copy, []
+    go, copy, copied = threading.Event(), folder_target.FolderTarget._copy, []
 
-    def slow(self: mirror_folder.FolderTarget, source: Path, target: Path) -> None:
+    def slow(self: folder_target.FolderTarget, source: Path, target: Path) -> None:
         go.wait(60)
         copied.append(source.parent.name)
         copy(self, source, target)
 
-    monkeypatch.setattr(mirror_folder.FolderTarget, "_copy", slow)
+    monkeypatch.setattr(folder_target.FolderTarget, "_copy", slow)
     mirror = case.open()
     made = [make_checkpoint(case.run, step) for step in (1, 2, 3)]
     mirror.send(made[0], [1])
@@ -254,16 +254,16 @@ def test_whatever_call_fails_nothing_half_is_shown_and_it_is_made_up_for(
 def test_a_failure_is_told_of_once_a_kind(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
     codes = iter([errno.ENOSPC] * 5 + [errno.EROFS] * 5 + [errno.ENOSPC] * 5)
-    copy = mirror_folder.FolderTarget._copy
+    copy = folder_target.FolderTarget._copy
 
-    def fail(self: mirror_folder.FolderTarget, source: Path, target: Path) -> None:
+    def fail(self: folder_target.FolderTarget, source: Path, target: Path) -> None:
         code = next(codes, None)
         tries.append(code)
         if code is not None:
             raise OSError(code, os.strerror(code))
         copy(self, source, target)
 
-    monkeypatch.setattr(mirror_folder.FolderTarget, "_copy", fail)
+    monkeypatch.setattr(folder_target.FolderTarget, "_copy", fail)
     mirror = case.open()
     mirror.send(make_checkpoint(case.run, 1), [1])
     settle(mirror)
@@ -275,10 +275,10 @@ def test_a_failure_is_told_of_once_a_kind(case: Case, monkeypatch: pytest.Monkey
 
 
 def test_pauses_grow_until_the_next_checkpoint(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: mirror_folder.FolderTarget, source: Path, target: Path) -> None:
+    def fail(self: folder_target.FolderTarget, source: Path, target: Path) -> None:
         raise OSError(errno.EIO, "no")
 
-    monkeypatch.setattr(mirror_folder.FolderTarget, "_copy", fail)
+    monkeypatch.setattr(folder_target.FolderTarget, "_copy", fail)
     mirror = case.open(pauses=(0.01, 0.02, 1000.0))
     mirror.send(make_checkpoint(case.run, 1), [1])
     until(lambda: mirror._failed == 3)
@@ -299,8 +299,8 @@ def test_a_mirror_that_hangs_holds_nobody_up(
     case: Case, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(mirror_folder.FolderTarget, "_copy", lambda *words: go.wait(60))
-    monkeypatch.setattr(mirror_folder.FolderTarget, "patience", patience)
+    monkeypatch.setattr(folder_target.FolderTarget, "_copy", lambda *words: go.wait(60))
+    monkeypatch.setattr(folder_target.FolderTarget, "patience", patience)
     mirror = case.open()
     mirror.send(make_checkpoint(case.run, 1), [1])
     make_results(case.run)
@@ -317,7 +317,7 @@ def test_a_mirror_that_never_answers_at_the_start(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(mirror_folder.FolderTarget, "open", lambda *words, make: go.wait(60))
+    monkeypatch.setattr(folder_target.FolderTarget, "open", lambda *words, make: go.wait(60))
     with pytest.raises(RunError, match="no answer in"):
         case.open(answer_seconds=0.05)
     case.open(answer_seconds=0.05, must_answer=False)
@@ -458,7 +458,7 @@ def test_a_lost_folder_is_made_again(
         with pytest.raises(RunError, match="cannot be made again"):
             restore(case.where, case.run, case.events.append)
     with monkeypatch.context() as patch:
-        patch.setattr(mirror_folder, "_sync", lambda fd: full(case.run, case.run))
+        patch.setattr(folder_target, "_sync", lambda fd: full(case.run, case.run))
         with pytest.raises(RunError, match=r"the disk of .*checkpoints is full"):
             restore(case.where, case.run, case.events.append)
     assert not (case.run / "events.jsonl").exists()

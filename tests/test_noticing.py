@@ -20,12 +20,12 @@ from halfbyte.events.types import Noticed
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.recipe.watch_schema import EarlyStoppingRecipe, WatchRecipe
 from halfbyte.run.divergence import SkippedSteps, named_rows
-from halfbyte.run.early_stopping import EarlyStopping
-from halfbyte.run.interventions import Interventions
-from halfbyte.run.noticing import Noticing, span_of
 from halfbyte.run.reacting import Reactions
 from halfbyte.run.record import RunRecord
-from halfbyte.run.spikes import LossSpikes
+from halfbyte.watching.early_stopping import EarlyStopping
+from halfbyte.watching.interventions import Interventions
+from halfbyte.watching.noticing import Noticing, span_of
+from halfbyte.watching.spikes import LossSpikes
 
 # Losses of SmolLM2-135M on ChatDoctor rows, one row a step: as noisy as a run can be.
 RECORDED: list[float] = json.loads(

@@ -9,8 +9,8 @@ from halfbyte.checkpoint.writer import CheckpointWriter, Written
 from halfbyte.errors import RunError
 from halfbyte.events import Emit
 from halfbyte.events.types import Warned
+from halfbyte.mirror.mirror import END_SECONDS, Mirror, names_in
 from halfbyte.recipe import Recipe
-from halfbyte.run.mirror import END_SECONDS, Mirror, names_in
 from halfbyte.run.place import AUTO, begun_in, newest_name
 from halfbyte.run.record import RunRecord
 from halfbyte.run.restore import restore

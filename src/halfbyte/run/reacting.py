@@ -15,10 +15,10 @@ from halfbyte.events.types import Noticed, RateLowered, RolledBack
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.recipe import Recipe
 from halfbyte.run.divergence import SkippedSteps
-from halfbyte.run.early_stopping import EarlyStopping
-from halfbyte.run.interventions import Interventions
-from halfbyte.run.noticing import Noticing
 from halfbyte.run.record import RunRecord
+from halfbyte.watching.early_stopping import EarlyStopping
+from halfbyte.watching.interventions import Interventions
+from halfbyte.watching.noticing import Noticing
 
 
 class GoBackError(Exception):

@@ -11,10 +11,10 @@ from halfbyte.errors import RunError
 from halfbyte.events import Emit
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import Warned
+from halfbyte.mirror.mirror import Mirror
+from halfbyte.mirror.target import CHECKPOINTS, step_of
 from halfbyte.run.folder import GOES_ON_WITH, is_finished
 from halfbyte.run.lock import RunLock
-from halfbyte.run.mirror import Mirror
-from halfbyte.run.mirror_target import CHECKPOINTS, step_of
 
 
 def restore(where: str, folder: Path, emit: Emit) -> Path | None:

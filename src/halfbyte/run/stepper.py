@@ -9,8 +9,8 @@ from halfbyte.data.batch import Batch
 from halfbyte.data.batching import Batches
 from halfbyte.loop.steps import PendingStep
 from halfbyte.run.heartbeat import Work
-from halfbyte.run.interventions import Interventions
 from halfbyte.run.setup import Trainer
+from halfbyte.watching.interventions import Interventions
 
 
 class PassedOver:

@@ -33,14 +33,14 @@ from halfbyte.run.divergence import SkippedSteps, named_rows, sentence, stop_sen
 from halfbyte.run.energy import EnergyMeter
 from halfbyte.run.fingerprint import package_versions
 from halfbyte.run.folder import GOES_ON_WITH
-from halfbyte.run.interventions import Interventions
 from halfbyte.run.lock import RunLock
 from halfbyte.run.mirroring import Mirroring
-from halfbyte.run.noticing import Noticing, span_of
 from halfbyte.run.reacting import GoBackError, Reactions
 from halfbyte.run.record import RunRecord
 from halfbyte.run.resume import Point, newest_point
 from halfbyte.run.setup import Trainer
+from halfbyte.watching.interventions import Interventions
+from halfbyte.watching.noticing import Noticing, span_of
 
 
 class Watch:

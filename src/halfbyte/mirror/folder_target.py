@@ -13,7 +13,7 @@ from pathlib import Path
 from halfbyte.checkpoint.manifest import NAME as MANIFEST
 from halfbyte.checkpoint.manifest import check_manifest
 from halfbyte.errors import RunError
-from halfbyte.run.mirror_target import (
+from halfbyte.mirror.target import (
     CHECKPOINTS,
     IDENTITY,
     RESULTS,

@@ -18,9 +18,9 @@ from halfbyte.checkpoint.manifest import check_manifest
 from halfbyte.errors import RunError
 from halfbyte.events import Emit
 from halfbyte.events.types import Event, Mirrored, Warned
-from halfbyte.run.mirror_folder import FolderTarget
-from halfbyte.run.mirror_hub import SCHEME, HubTarget
-from halfbyte.run.mirror_target import MirrorError, Target, step_of
+from halfbyte.mirror.folder_target import FolderTarget
+from halfbyte.mirror.hub_target import SCHEME, HubTarget
+from halfbyte.mirror.target import MirrorError, Target, step_of
 
 PAUSES = (10.0, 30.0, 60.0, 180.0, 600.0)  # seconds before a checkpoint that failed is tried again
 ANSWER_SECONDS = 30.0  # in which a mirror must answer when the run begins

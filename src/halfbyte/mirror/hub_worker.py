@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from halfbyte.checkpoint.manifest import NAME as MANIFEST
-from halfbyte.run.mirror_target import step_of
+from halfbyte.mirror.target import step_of
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from halfbyte.events.types import Noticed
 from halfbyte.loop.steps import FinishedStep
 from halfbyte.recipe.watch_schema import WatchRecipe
-from halfbyte.run.spikes import LossSpikes
+from halfbyte.watching.spikes import LossSpikes
 
 QUIET_STEPS = 50  # after a spike, or a loss of 0, so many steps tell of no other
 CLIPPED_STEPS = 100  # in a row

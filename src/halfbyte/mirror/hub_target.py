@@ -1,7 +1,7 @@
 """A mirror in a repository of the Hugging Face hub.
 
 The hub's client waits for ever on a connection that is dead, and its threads keep a process from
-ending. So a process of its own (``mirror_hub_worker``) does each thing and is ended when it takes
+ending. So a process of its own (``hub_worker``) does each thing and is ended when it takes
 too long. Log-in is the client's own (``HF_TOKEN``, or what ``hf auth login`` keeps); no part of it
 passes through here.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from halfbyte.checkpoint.manifest import check_manifest
 from halfbyte.errors import RunError
-from halfbyte.run.mirror_target import (
+from halfbyte.mirror.target import (
     CHECKPOINTS,
     IDENTITY,
     RESULTS,
@@ -127,7 +127,7 @@ class HubTarget:
         # Where halfbyte was imported from, in case that is a path this process alone looks in.
         paths = [os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[2])]
         with subprocess.Popen(
-            [sys.executable, "-P", "-m", "halfbyte.run.mirror_hub_worker"],
+            [sys.executable, "-P", "-m", "halfbyte.mirror.hub_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

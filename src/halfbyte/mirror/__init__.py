@@ -1,0 +1,1 @@
+"""Copies of finished checkpoints elsewhere: a folder, or a repository of the hub."""
