@@ -109,7 +109,8 @@ class Lab:
         """Wait for a process."""
         code = self._ask({"wait": pid})
         assert code is None or isinstance(code, int)
-        return Ended(code, (folder.parent / "terminal").read_text(errors="replace"))
+        said = folder.parent / "terminal"  # not there, where it was killed in its first instant
+        return Ended(code, said.read_text(errors="replace") if said.exists() else "")
 
     def train(
         self,
