@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from command_line import halfbyte
 from halfbyte import Recipe, Run, train
 from halfbyte.checkpoint.files import checkpoints_in
 from halfbyte.checkpoint.manifest import check_manifest
-from halfbyte.checkpoint.snapshot import HostCopies
+from halfbyte.checkpoint.snapshot import HostCopies, Snapshot
 from halfbyte.errors import HalfbyteError, RunError
 from halfbyte.events import read_events
 from halfbyte.events.types import Changed, Event, RunStarted, Step, Warned
@@ -321,6 +322,31 @@ def test_sigterm_finishes_the_step_and_saves(
     run = stopped_at(3, asked(tiny_model, tiny_rows), tmp_path / "run", signal.SIGTERM)
     assert (run.interrupted, run.step, run.signal) == (True, 3, "SIGTERM")
     assert weights(train(resume=run.folder, runs=tmp_path).folder) == weights(begun["whole"])
+
+
+def test_an_error_leaves_nobody_writing(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is let go only when the checkpoint that was being written is whole."""
+    import halfbyte.checkpoint.writer as writer
+
+    real = writer.save_checkpoint
+
+    def slow(folder: Path, snapshot: Snapshot) -> Path:
+        assert (folder.parent / "run.lock").exists()
+        time.sleep(0.3)
+        assert (folder.parent / "run.lock").exists()
+        return real(folder, snapshot)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 2:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(writer, "save_checkpoint", slow)
+    with pytest.raises(ZeroDivisionError):
+        train(asked(tiny_model, tiny_rows), out=tmp_path / "run", runs=tmp_path, listeners=[stop])
+    assert [p.name for p in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-1"]
+    assert not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_a_step_draws_from_no_generator(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:

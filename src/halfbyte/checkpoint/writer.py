@@ -18,6 +18,9 @@ from halfbyte.checkpoint.files import prune_checkpoints, save_checkpoint
 from halfbyte.checkpoint.snapshot import Snapshot
 from halfbyte.checkpoint.state import CheckpointState
 
+# A disk that is gone may hold the thread for ever.
+CLOSING_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Written:
@@ -69,6 +72,14 @@ class CheckpointWriter:
             self.waited += time.perf_counter() - began
             self._thread = None
         self._raise()
+
+    def close(self) -> None:
+        """Leave the folder alone from now on: return once nothing is written, or after a while.
+
+        For a run that ends by an error of its own; what went wrong here is of no account then.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout=CLOSING_SECONDS)
 
     def _raise(self) -> None:
         error, self._error = self._error, None

@@ -151,6 +151,8 @@ def train(
                     lock,
                     lag=lag_of(assembly),
                 )
+                # Before the lock is let go, after which another process may write.
+                held.callback(watch.writer.close)
                 copies.follow(watch.writer)
                 return _run(
                     assembly,
