@@ -184,3 +184,10 @@ def test_a_strategy_of_other_kinds_is_none(tmp_path: Path, values: dict[str, Any
     assert read_strategy(tmp_path) == whole
     path.write_text(json.dumps({**json.loads(path.read_text()), **values} if values else []))
     assert read_strategy(tmp_path) is None
+
+
+def test_a_recipe_as_asked_for_that_is_no_text(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    asked = folder / "recipe.asked.yaml"
+    asked.write_bytes(asked.read_bytes().replace(b"Harbour", b"Harb\xffur"))
+    assert "Harbour" in make_report(folder).markdown.read_text()  # as the effective one says

@@ -400,4 +400,5 @@ def _read_recipe(path: Path) -> Recipe:
 
 
 def _read_asked(path: Path) -> Any:
-    return read_tree(path.read_text(encoding="utf-8-sig"), str(path)).values
+    # It is shown and no more, so a byte that is no text does not keep a report from being made.
+    return read_tree(path.read_text(encoding="utf-8-sig", errors="replace"), str(path)).values
