@@ -10,26 +10,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from halfbyte.cli.app import app
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def halfbyte(*words: object) -> Ended:
-    result = CliRunner().invoke(app, [str(word) for word in words], input="Hello\n")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception  # a traceback is a defect, whatever was typed
-    return Ended(result.exit_code, result.stdout, result.stderr)
+from safety_case import Ended, halfbyte
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None]:

@@ -395,7 +395,7 @@ def test_hashes_are_remembered_until_a_file_is_another(
     name = "model file model.safetensors"
     assert WeightHashes([path]).result() == {name: hashlib.sha256(b"one").hexdigest()}
     with monkeypatch.context() as without:
-        without.setattr("halfbyte.model.weight_hashes._sha256", lambda path: "made again")
+        without.setattr("halfbyte.model.weight_hashes.sha256_of", lambda path: "made again")
         assert WeightHashes([path]).result() == {name: hashlib.sha256(b"one").hexdigest()}
         time = path.stat().st_mtime_ns
         path.write_bytes(b"two")

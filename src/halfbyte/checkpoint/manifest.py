@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from halfbyte.data.text_file import sha256_of
 from halfbyte.errors import RunError
 
 NAME = "manifest.json"
@@ -23,7 +23,7 @@ def write_manifest(folder: Path) -> None:
         sync(path)
         files[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
-            "sha256": sha256(path),
+            "sha256": sha256_of(path),
         }
     text = json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
     (folder / NAME).write_text(text, encoding="utf-8")
@@ -43,7 +43,7 @@ def check_manifest(folder: Path) -> None:
             size = found.st_size
             if size != listed["bytes"]:
                 raise _damaged(folder, f"{name} has {size:,} bytes in place of {listed['bytes']:,}")
-            if sha256(path) != listed["sha256"]:
+            if sha256_of(path) != listed["sha256"]:
                 raise _damaged(folder, f"{name} is not what was written")
         except OSError as error:
             raise _damaged(folder, f"{name}: {error.strerror}") from error
@@ -69,12 +69,6 @@ def _read(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, f"its {NAME} cannot be read") from error
     return dict(files)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of the file at ``path``, in hexadecimal; other threads go on meanwhile."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

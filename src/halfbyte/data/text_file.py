@@ -61,7 +61,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def sha256_of(path: Path) -> str:
-    """Of the file's bytes as they are."""
+    """Of the file's bytes as they are, in hexadecimal; other threads go on meanwhile."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,7 +7,6 @@ the 140 GB of a 70B model minutes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from halfbyte.data.text_file import sha256_of
 from halfbyte.foreign_json import parse_json
 from halfbyte.user_cache import private_folder
 
@@ -47,7 +47,7 @@ class WeightHashes:
             with suppress(OSError):
                 key = _key(path)
                 if key not in known:
-                    new[key] = _sha256(path)
+                    new[key] = sha256_of(path)
                     if _key(path) != key:  # written to meanwhile
                         continue
                 self._hashes[f"{_OF_MODEL}{path.name}"] = known.get(key) or new[key]
@@ -63,11 +63,6 @@ def of_model(hashes: Mapping[str, str]) -> dict[str, str]:
 def _key(path: Path) -> str:
     found = path.resolve().stat()
     return f"{path.resolve()}|{found.st_size}|{found.st_mtime_ns}|{found.st_ino}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_known() -> dict[str, str]:

@@ -16,9 +16,11 @@ from halfbyte.recipe.settings import get, settings
 MACHINE = "machine"
 
 # They decide no weight: what is shown, kept and measured, and how much memory there is.
-FREE = ("title", "author", "objective", "device", "memory_limit_gb", "data.cache")
+FREE = (
+    *("title", "author", "objective", "device", "memory_limit_gb"),
+    *("data.cache", "training.logging_steps"),
+)
 FREE_SECTIONS = ("report", "checkpoints", "evaluation", "trackers")
-FREE_SETTINGS = ("training.logging_steps",)
 
 # Where something lies. What lies there is compared by its hash.
 PLACES = ("model.name", "model.revision", "data.path", "data.held_out_path", "data.sources")
@@ -72,7 +74,7 @@ def changed_recipe(
     decided then. Raises RunError, with the difference, where a setting is another one that cannot
     change, or that ``allow`` does not name.
     """
-    asked = _asked(folder, began)
+    asked = _asked(folder)
     changes = []
     for key in settings():
         before, now = _comparable(began, key), _comparable(wanted, key)
@@ -95,6 +97,11 @@ def changed_recipe(
     return recipe, changes
 
 
+def asks_for_more(changes: Sequence[Change]) -> bool:
+    """Whether there may be steps to make with ``changes``, after the run has finished."""
+    return any(change.key in ("training.epochs", "training.max_steps") for change in changes)
+
+
 def _difference(folder: Path, refused: Sequence[Change]) -> str:
     shown = ", ".join(str(change) for change in refused)
     named = [c.key for c in refused if may_change(c.key)]
@@ -106,7 +113,7 @@ def _difference(folder: Path, refused: Sequence[Change]) -> str:
     return f"{folder} was begun with another recipe ({shown}); {todo}."
 
 
-def _asked(folder: Path, began: Recipe) -> dict[str, Any]:
+def _asked(folder: Path) -> dict[str, Any]:
     """The settings that were asked for when the run began, where they can still be read."""
     try:
         asked = load_recipe(folder / "recipe.asked.yaml")
@@ -133,7 +140,7 @@ def _with(recipe: Recipe, key: str, value: Any) -> Recipe:
 
 
 def _is_free(key: str) -> bool:
-    return key in FREE or key in FREE_SETTINGS or _section(key) in FREE_SECTIONS
+    return key in FREE or _section(key) in FREE_SECTIONS
 
 
 def may_change(key: str) -> bool:

@@ -11,7 +11,7 @@ from halfbyte.errors import RunError
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
-from halfbyte.run.changes import changed_recipe
+from halfbyte.run.changes import asks_for_more, changed_recipe
 from halfbyte.run.folder import Claimed, claim_folder, folder_name, is_finished, require_run
 
 AUTO = "auto"
@@ -83,4 +83,4 @@ def newest_name(names: Iterable[str], recipe_name: str) -> str | None:
 def _changes(folder: Path, recipe: Recipe, allow: Collection[str]) -> bool:
     """Whether ``recipe`` asks for more steps, or another thing, than the finished run had."""
     _, changes = changed_recipe(folder, load_recipe(folder / "recipe.yaml"), recipe, allow)
-    return any(change.key in ("training.epochs", "training.max_steps") for change in changes)
+    return asks_for_more(changes)

@@ -23,7 +23,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
 from halfbyte.recipe.settings import get
 from halfbyte.run.assembly import Assembly
-from halfbyte.run.changes import Change, changed_recipe
+from halfbyte.run.changes import Change, asks_for_more, changed_recipe
 from halfbyte.run.fingerprint import DATA, HELD_OUT, TRAIN
 from halfbyte.run.folder import (
     is_finished,
@@ -124,14 +124,11 @@ def open_resumed(
     recipe, changes = began, list[Change]()
     if wanted is not None:
         recipe, changes = changed_recipe(folder, began, wanted, consented)
-    if is_finished(folder) and not any(c.key in _LONGER for c in changes):
+    if is_finished(folder) and not asks_for_more(changes):
         raise RunError(f"the run in {folder} has finished; there is nothing to go on with.")
     strategy = read_strategy(folder) or (None if path is None else read_strategy(path))
     run_id = point.state.run_id if point else _run_id(folder)
     return Resumed(folder, run_id, recipe, point, strategy, changes, damaged)
-
-
-_LONGER = ("training.epochs", "training.max_steps")
 
 
 def newest_point(folder: Path) -> tuple[Point | None, Path | None, list[str]]:
