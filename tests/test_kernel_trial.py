@@ -21,6 +21,7 @@ import triton_interpreter  # noqa: F401
 
 # isort: split
 from halfbyte.events.types import Event, Fallback
+from halfbyte.kernels import trial as trial_module
 from halfbyte.kernels import trial_spec
 from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN
 from halfbyte.kernels.trial import Outcome, Trial, without
@@ -126,6 +127,22 @@ def test_who_was_not_at_fault_passes_alone(start: Callable[..., Trial]) -> None:
     with start(gated="abort beside others", rope="memory beside others") as trial:
         assert trial.finish() == Outcome()
     assert trial.mark.exists()
+
+
+def test_who_dies_while_its_results_are_read_is_not_lost(
+    start: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused: list[Path] = []
+
+    def slowly(path: Path) -> str:
+        if path.suffix == ".json" and not paused:
+            paused.append(path)
+            time.sleep(2)  # a busy machine: after the first look at what is taken, all is done
+        return path.read_text() if path.exists() else ""
+
+    monkeypatch.setattr(trial_module, "_read", slowly)
+    with start(gated="abort beside others", rope="abort beside others") as begun:
+        assert begun.finish() == Outcome()
 
 
 def test_a_broken_device_is_no_other_kernels_fault(start: Callable[..., Trial]) -> None:

@@ -160,13 +160,11 @@ class Trial:
         why = "" if self._running else "no process could be started"
         while self._running:
             time.sleep(_POLL_SECONDS)
-            claims = self._claims()
-            results = self._verdicts()
-            for worker in list(self._running):
-                code = worker.process.poll()
-                mine = [t for t, pid in claims.items() if pid == worker.process.pid]
-                open_task = next((t for t in mine if t not in results), None)
+            # Who has ended is asked first: what it took and gave is then all there to be read.
+            codes = [worker.process.poll() for worker in self._running]
+            for worker, code in zip(list(self._running), codes, strict=True):
                 if code is None:
+                    open_task = self._at(worker)[0]
                     ended = worker.too_long(open_task, self.start_seconds, self.task_seconds)
                     if not ended:
                         continue
@@ -174,23 +172,22 @@ class Trial:
                 else:
                     ended = "" if code == 0 else _ending(code)
                 self._running.remove(worker)
+                open_task, took_any = self._at(worker)
                 if not ended and open_task is None:
                     continue
                 reason = "; ".join(filter(None, [ended, worker.last_line()]))
-                # It may have ended well between the two looks.
-                if open_task is not None and open_task not in self._verdicts():
+                if open_task is not None:
                     died[open_task] = reason
-                elif not mine:
+                elif not took_any:
                     why = reason
         return why
 
-    def _claims(self) -> dict[str, int]:
-        found = {}
-        for task in self.tasks:
-            text = _read(self._path(task, "claim"))
-            if text.isdigit():
-                found[task] = int(text)
-        return found
+    def _at(self, worker: _Worker) -> tuple[str | None, bool]:
+        """The task that ``worker`` took and gave no verdict of, and whether it took any."""
+        pid = str(worker.process.pid)
+        mine = [task for task in self.tasks if _read(self._path(task, "claim")) == pid]
+        verdicts = self._verdicts()
+        return next((task for task in mine if task not in verdicts), None), bool(mine)
 
     def _taken(self) -> list[str]:
         return [task for task in self.tasks if self._path(task, "claim").exists()]
