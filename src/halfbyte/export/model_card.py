@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from halfbyte.events.types import Audited, Evaluated, Kept, ModelLoaded
+from halfbyte.export.card_licence import NOT_STATED, data_licences, licence_fields
+from halfbyte.export.card_loading import Kind, loading_lines
+from halfbyte.export.card_results import (
+    evaluation_lines,
+    held_out_losses,
+    loss_lines,
+    model_index,
+)
+from halfbyte.export.card_text import code, escape, fenced, front_matter, hub_name, public_name
+from halfbyte.export.card_text import table as markdown_table
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.subject import is_medical
+
+# What of a recipe says how the adapter came to be; the rest is of the machine, or of the report.
+_TOLD = ("seed", "precision", "model", "data", "quantization", "lora", "training", "evaluation")
+
+_WHAT = {
+    "adapter": "A LoRA adapter for {base}",
+    "combination": "A LoRA adapter for {base}, made of others with halfbyte {version}",
+    "merge": "{base} with a LoRA adapter merged into its weights by halfbyte {version}",
+    "quantized": "{base} with a LoRA adapter, written for llama.cpp (GGUF) by halfbyte {version}",
+}
+# As the hub has them (hub docs, "Model cards", base_model_relation). A model with its adapter
+# merged in is a fine-tuned one there: "merge" is said of several models made one.
+_RELATION = {
+    "adapter": "adapter",
+    "combination": "adapter",
+    "merge": "finetune",
+    "quantized": "quantized",
+}
+_LIBRARY = {
+    "adapter": "peft",
+    "combination": "peft",
+    "merge": "transformers",
+    "quantized": "gguf",
+}
 
 
 def model_card(
@@ -19,72 +56,175 @@ def model_card(
     kept: Kept | None,
     version: str,
     notes: Sequence[str] = (),
+    run: Path | None = None,
+    kind: Kind = "adapter",
+    facts: Mapping[str, str] | None = None,
+    place: str | None = None,
+    file: str | None = None,
 ) -> str:
-    """Markdown with the hub's metadata: base, data, settings, results, limits, licences.
+    """Markdown with the hub's metadata: base, data, recipe, results, use, limits, licences.
 
-    ``notes`` are what must be known to load the adapter.
+    ``notes`` are what must be known to load the adapter. ``run`` is the run folder, where an
+    evaluation may lie. ``kind`` is what the card stands beside, ``facts`` what else is told of it,
+    ``place`` the repository it goes to, ``file`` the GGUF file. Names of data and models become
+    text alone, of paths only the last part is told, and secrets are hidden.
     """
-    title = recipe.title or f"{model.name}, fine-tuned with QLoRA"
-    last = {e.what: e for e in evaluations}
-    if kept is not None and kept.held_out_loss is not None:
-        of_kept = [e for e in evaluations if e.what == "adapter" and e.step == kept.step]
-        last.update({"adapter": of_kept[-1]} if of_kept else {})
-    results = [
-        f"| {what} | {last[what].loss:.4f} |"
-        for what in ("base", "quantized base", "adapter")
-        if what in last
+    short = public_name(model.name)
+    title = recipe.title or f"{short.rpartition('/')[2]}, fine-tuned with QLoRA"
+    losses = held_out_losses(evaluations, kept)
+    sources = recipe.data.all_sources
+    pairs = [
+        ("base model", f"{escape(short)} ({model.parameters_base:,} parameters, frozen)"),
+        ("trained parameters", f"{model.parameters_trainable:,}"),
+        (
+            "data",
+            f"{escape(', '.join(public_name(s.path) for s in sources))}, {audit.rows_used:,} rows, "
+            f"loss on {escape(audit.loss_on)}",
+        ),
+        ("format", f"the template {code(audit.template)}"),
+        (
+            "adapter",
+            f"{_kind_of_lora(recipe)}r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, dropout "
+            f"{recipe.lora.lora_dropout}, on {escape(', '.join(model.lora_modules))}",
+        ),
+        ("seed", str(recipe.seed)),
+        *([("kept", f"step {kept.step}: {escape(kept.why)}")] if kept else []),
     ]
+    subject = " ".join(filter(None, (audit.source, recipe.title, recipe.objective)))
+    return assemble(
+        kind,
+        title=title,
+        base=model.name,
+        datasets=[name for s in sources if (name := hub_name(s.path))],
+        index=model_index(title, recipe, losses),
+        licence=model.licence,
+        data_licence=data_licences(recipe.data),
+        objective=recipe.objective,
+        pairs=[*pairs, *_fact_pairs(facts)],
+        notes=notes,
+        loading=loading_lines(kind, model.name, recipe.quantization, place, file),
+        results=[*loss_lines(losses), *([] if run is None else evaluation_lines(run))],
+        recipe=_recipe_lines(recipe),
+        medical=is_medical(subject),
+        trained_with=version,
+        version=version,
+    )
+
+
+def assemble(
+    kind: Kind,
+    *,
+    title: str,
+    base: str,
+    datasets: Sequence[str],
+    index: list[dict[str, Any]] | None,
+    licence: str | None,
+    data_licence: str | None,
+    objective: str | None,
+    pairs: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    loading: Sequence[str],
+    results: Sequence[str],
+    recipe: Sequence[str],
+    medical: bool,
+    trained_with: str | None,
+    version: str,
+) -> str:
+    """A card of its parts; ``pairs``, ``loading``, ``results`` and ``recipe`` are Markdown.
+
+    ``trained_with`` is the version of halfbyte that trained it, None where something else did.
+    """
+    qlora = ["qlora"] if trained_with is not None else []
+    metadata = {
+        "base_model": hub_name(base),
+        "base_model_relation": _RELATION[kind] if hub_name(base) else None,
+        "library_name": _LIBRARY[kind],
+        "pipeline_tag": "text-generation",
+        **licence_fields(licence),
+        "datasets": list(datasets),
+        "tags": [*(["gguf"] if kind == "quantized" else []), "lora", *qlora, "halfbyte"],
+        "model-index": index,
+    }
+    what = _WHAT[kind].format(base=code(public_name(base)), version=escape(version))
+    if trained_with is not None:
+        what += f"; trained with halfbyte {escape(trained_with)} on 4-bit NF4 weights"
+    trained = "adapter" if kind in ("adapter", "combination") else "model"
+    template = "The format that was trained is in `chat_template.jinja`: prompt it with that."
+    if kind == "quantized":
+        template = "The format that was trained is the file's chat template: prompt it with that."
     lines = [
-        "---",
-        f"base_model: {json.dumps(model.name)}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        *([f"license: {json.dumps(model.licence)}"] if model.licence else []),
-        "tags: [lora, qlora, halfbyte]",
-        "---",
+        *front_matter(metadata),
+        f"# {escape(title)}",
         "",
-        f"# {title}",
+        f"{what}.",
         "",
-        *([recipe.objective.strip(), ""] if recipe.objective else []),
-        f"A LoRA adapter for `{model.name}`, trained with halfbyte {version} on 4-bit NF4 weights.",
+        *_medical(medical),
+        *markdown_table(("", ""), pairs),
+        "## How to load it",
         "",
-        "| | |",
-        "| --- | --- |",
-        f"| base model | {model.name} ({model.parameters_base:,} parameters, frozen) |",
-        f"| licence of the base | {model.licence or 'not stated in its files'} |",
-        f"| trained parameters | {model.parameters_trainable:,} |",
-        f"| data | {audit.source}, {audit.rows_used:,} rows, loss on {audit.loss_on} |",
-        "| licence of the data | see its source |",
-        f"| adapter | r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, dropout "
-        f"{recipe.lora.lora_dropout}, on {', '.join(model.lora_modules)} |",
-        f"| seed | {recipe.seed} |",
-        *([f"| kept | step {kept.step}: {kept.why} |"] if kept else []),
-        "",
-    ]
-    if results:
-        rows = next(iter(last.values())).rows
-        lines += [
-            f"Loss on {rows:,} held-out rows (nats per token that carries loss):",
-            "",
-            "| model | loss |",
-            "| --- | --- |",
-            *results,
-            "",
-        ]
-    lines += [
-        "The format that was trained is in `chat_template.jinja`: prompt the adapter with it.",
+        *loading,
+        template,
         "",
         *(line for note in notes for line in (note, "")),
+        *(["## Results", "", *results] if results else []),
+        *(["## How it was trained", "", *recipe] if recipe else []),
+        "## Intended use",
+        "",
+        escape(objective) if objective else "Whoever made it has stated none.",
+        "",
         "## Limits",
         "",
-        "The adapter learned the form and content of its training rows, their errors included. "
+        f"The {trained} learned the form and content of its training rows, their errors included. "
         "Held-out loss says how well it predicts rows like them; it is no measure of truth or "
-        "safety. Judge the answers before relying on them.",
+        "safety. Nothing was measured on other subjects, languages and forms of prompt. What the "
+        "base model does wrong, it may do as well. Judge the answers before relying on them.",
+        "",
+        "## Licences",
+        "",
+        f"Of the base model: {escape(licence or NOT_STATED)}. Of the data: "
+        f"{escape(data_licence or NOT_STATED)}. What they ask is asked of this {trained} too.",
         "",
     ]
-    if is_medical(f"{audit.source} {recipe.objective or ''}"):
-        lines += [
-            "**This model gives no medical advice** and must not be used in place of a doctor.",
-            "",
-        ]
     return "\n".join(lines)
+
+
+def _medical(medical: bool) -> list[str]:
+    if not medical:
+        return []
+    return ["**This model gives no medical advice** and must not be used in place of a doctor.", ""]
+
+
+def _fact_pairs(facts: Mapping[str, str] | None) -> list[tuple[str, str]]:
+    return [(escape(name), escape(value)) for name, value in (facts or {}).items()]
+
+
+def _kind_of_lora(recipe: Recipe) -> str:
+    kinds = {"rsLoRA": recipe.lora.use_rslora, "DoRA": recipe.lora.use_dora}
+    named = [name for name, is_so in kinds.items() if is_so]
+    return f"{' and '.join(named)}, " if named else ""
+
+
+def _recipe_lines(recipe: Recipe) -> list[str]:
+    """The recipe folded up; of paths the last part alone."""
+    told = {k: v for k, v in recipe.model_dump(mode="json").items() if k in _TOLD}
+    told["model"]["name"] = public_name(recipe.model.name)
+    for where in (told["data"], *told["data"]["sources"]):
+        if where["path"]:
+            where["path"] = public_name(where["path"])
+    text = yaml.safe_dump(_stated(told), allow_unicode=True, sort_keys=False, width=96)
+    return [
+        "<details>",
+        "<summary>The recipe, every setting</summary>",
+        "",
+        *fenced(text, "yaml"),
+        "</details>",
+        "",
+    ]
+
+
+def _stated(value: Any) -> Any:
+    """``value`` without settings that are empty."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _stated(inside) for key, inside in value.items()}
+    return {key: inside for key, inside in inner.items() if inside not in (None, [], {}, "")}
