@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.report.blocks import Code, Document
@@ -20,6 +21,16 @@ LONGEST_WHOLE = 36
 def to_html(document: Document, svgs: dict[str, str]) -> str:
     """The page; ``svgs`` holds the ``<svg>`` element of each plot by its name."""
     return _template("report.html.jinja").render(document=document, svgs=svgs)
+
+
+def render_page(template: str, style: str, **values: Any) -> str:
+    """A page that is no report: ``template`` filled with ``values``, under the style sheet of its
+    own that ``style`` names."""
+    from markupsafe import Markup
+
+    sheet = Markup(_source(_environment(), style))
+    title = SimpleNamespace(title=values.pop("title"))
+    return str(_template(template).render(document=title, style=sheet, **values))
 
 
 def _template(name: str) -> Any:
