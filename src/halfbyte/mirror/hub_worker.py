@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from halfbyte.checkpoint.manifest import NAME as MANIFEST
+from halfbyte.mirror import hub_files
 from halfbyte.mirror.target import step_of
 
 
@@ -182,6 +183,11 @@ def _clause(error: Exception, repo: str) -> tuple[str, str]:
         return "refused", f"the hub refused ({status}); see whether {repo} is as it should be"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return "other", f"{error.filename} cannot be read or written ({error.strerror})"
+    if isinstance(error, ValueError) and "README.md" in str(error):
+        return (
+            "card",
+            "the hub takes no such metadata at the head of README.md; see its first lines",
+        )
     if any(
         base.__module__.split(".")[0].startswith(("httpx", "requests", "httpcore"))
         for base in type(error).mro()
@@ -201,6 +207,8 @@ _DO: dict[str, Callable[..., dict[str, Any]]] = {
     "put": _put,
     "results": _results,
     "fetch": _fetch,
+    "ready": hub_files.ready,
+    "send": hub_files.send,
 }
 
 if __name__ == "__main__":
