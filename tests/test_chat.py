@@ -113,9 +113,9 @@ def chatml(*said: str, system: str | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def answerer(chat_run: Path) -> Any:
-    from halfbyte.run import load_for_inference
+    from halfbyte.finished import open_adapter
 
-    return load_for_inference(chat_run, "cpu")
+    return open_adapter(chat_run, device="cpu")
 
 
 def invoke(run: Path, text: str, *options: str) -> Any:
@@ -216,9 +216,9 @@ def test_a_message_can_have_several_lines(answerer: Any) -> None:
 
 
 def test_each_message_stands_alone_in_an_instruction_format(instruction_run: Path) -> None:
-    from halfbyte.run import load_for_inference
+    from halfbyte.finished import open_adapter
 
-    single = load_for_inference(instruction_run, "cpu")
+    single = open_adapter(instruction_run, device="cpu")
     prompt = "### Instruction:\n{}\n\n### output:\n"
     shown = talk(single, "One", "Two")
     answers = [expected(single, prompt.format(text)) for text in ("One", "Two")]

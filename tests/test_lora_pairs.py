@@ -25,7 +25,7 @@ pytest.importorskip("peft")
 from halfbyte import Recipe, Run, train
 from halfbyte.events import read_events
 from halfbyte.events.types import Checked, Event, Fallback, Step
-from halfbyte.run.inference import load_for_inference
+from halfbyte.finished import open_adapter
 from lora_case import (
     assert_same,
     logits_of,
@@ -216,7 +216,7 @@ def test_a_run(
     assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
 
     rows = make_rows()
-    qlora = load_for_inference(whole.folder).qlora
+    qlora = open_adapter(whole.folder).qlora
     base = with_its_start(qlora, model) if chosen["start"] == "pissa" else quantized(model)
     if chosen["tokens"] == "new":
         vocabulary = qlora.head.weight.shape[0]

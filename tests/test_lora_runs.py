@@ -20,7 +20,7 @@ pytest.importorskip("peft")
 from halfbyte import Recipe, Run, train
 from halfbyte.events import read_events
 from halfbyte.events.types import Checked, Event, ModelLoaded, Step
-from halfbyte.run.inference import load_for_inference
+from halfbyte.finished import open_adapter
 from lora_case import make_rows, our_logits, peft_logits, quantized, save_models, with_its_start
 
 CASES: dict[str, dict[str, Any]] = {
@@ -109,7 +109,7 @@ def test_a_run(case: str, model: Path, tiny_rows: Path, tmp_path: Path) -> None:
 
     # What is asked is what was trained, and what PEFT has.
     rows = make_rows()
-    qlora = load_for_inference(whole.folder).qlora
+    qlora = open_adapter(whole.folder).qlora
     ours = our_logits(qlora, rows)
     base = with_its_start(qlora, model) if pissa else quantized(model)
     base.resize_token_embeddings(qlora.head.weight.shape[0], mean_resizing=False)

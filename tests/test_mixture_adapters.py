@@ -26,9 +26,9 @@ from family_case import save_family
 from halfbyte import Recipe, train
 from halfbyte.events import read_events
 from halfbyte.events.types import Warned
+from halfbyte.finished import open_adapter
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.experts import DOWN, UP, NF4Experts
-from halfbyte.run.inference import load_for_inference
 from lora_case import logits_of, make_rows, our_logits, peft_saved
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -105,7 +105,7 @@ def test_what_peft_would_leave_out_is_told(
     warned = [r.event.text for r in read_events(run.folder) if isinstance(r.event, Warned)]
     told = any("PEFT takes these names for the experts'" in text for text in warned)
     assert ("takes for the experts' own" in (run.adapter / "README.md").read_text()) == told
-    qlora = load_for_inference(run.folder, "cpu").qlora
+    qlora = open_adapter(run.folder, device="cpu").qlora
     rows = make_rows(300)
     theirs = logits_of(peft_saved(run.adapter, dequantized(qlora, folder)), rows)
     apart = (our_logits(qlora, rows) - theirs).abs().max() / theirs.abs().max()

@@ -31,6 +31,7 @@ ROOMS = [
     ["export", "report"],
     ["trackers"],
     ["run"],
+    ["finished"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

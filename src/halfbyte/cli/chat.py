@@ -13,7 +13,7 @@ from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.cli.chat_session import ChatSettings
-    from halfbyte.run.inference import Answerer
+    from halfbyte.finished.opened import OpenedAdapter
 
 
 def chat(
@@ -82,13 +82,13 @@ def _read_message() -> str:
     return message
 
 
-def _load(run: Path, device: str) -> Answerer:
+def _load(run: Path, device: str) -> OpenedAdapter:
     from transformers.utils import logging
 
-    from halfbyte.run import load_for_inference
+    from halfbyte.finished import open_adapter
 
     logging.set_verbosity_error()  # its advice is for programmers, and would stand in the talk
-    return load_for_inference(run, device)
+    return open_adapter(run, device=device)
 
 
 def _talk(run: Path, system: str | None, settings: ChatSettings, device: str) -> None:
@@ -98,26 +98,26 @@ def _talk(run: Path, system: str | None, settings: ChatSettings, device: str) ->
     console = make_console()
     if console.is_terminal:
         with console.status("loading the model …"):
-            answerer = _load(run, device)
+            opened = _load(run, device)
     else:
-        answerer = _load(run, device)
-    Session(answerer, settings, console, system=system).run()
+        opened = _load(run, device)
+    Session(opened, settings, console, system=system).run()
 
 
 def _answer_once(
-    answerer: Answerer, message: str, system: str | None, settings: ChatSettings
+    opened: OpenedAdapter, message: str, system: str | None, settings: ChatSettings
 ) -> None:
     """Print the answer to ``message`` as it comes, and nothing else, on standard output."""
     from halfbyte.cli.chat_session import answer_message, cut_text, make_conversation
 
-    conversation = make_conversation(answerer, settings, system)
+    conversation = make_conversation(opened, settings, system)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
     try:
-        given = answer_message(answerer, conversation.prompt(message).prompt, settings, write)
+        given = answer_message(opened, conversation.prompt(message).prompt, settings, write)
         write("\n")
     except BrokenPipeError:
         # The reader (head, less) has enough; Python would complain once more at its end.

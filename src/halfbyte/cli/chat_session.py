@@ -12,14 +12,14 @@ from rich.console import Console
 from halfbyte.cli.units import rate_text, visible
 from halfbyte.cli.word_wrap import WordWrap
 from halfbyte.errors import HalfbyteError, ModelError
+from halfbyte.finished.found import require_template
 from halfbyte.generate.answer import Answer, answer, room_for_prompt
 from halfbyte.generate.conversation import Conversation
 from halfbyte.generate.prompt import prompt_ids
 from halfbyte.model.source import context_length
-from halfbyte.recipe.load import load_recipe
 
 if TYPE_CHECKING:
-    from halfbyte.run.inference import Answerer
+    from halfbyte.finished.opened import OpenedAdapter
 
 HELP = """\
 /system TEXT      set the system message; alone: take it away
@@ -50,7 +50,7 @@ class ChatSettings:
 
 
 def make_conversation(
-    answerer: Answerer, settings: ChatSettings, system: str | None
+    opened: OpenedAdapter, settings: ChatSettings, system: str | None
 ) -> Conversation:
     """An empty conversation in the format of the run.
 
@@ -58,14 +58,14 @@ def make_conversation(
     one question, so each message is. Raises ModelError for a system message that the format has
     no place for.
     """
-    template = load_recipe(answerer.folder / "recipe.yaml").data.template
-    tokenizer = answerer.tokenizer
+    tokenizer = opened.tokenizer
+    require_template(opened.found, tokenizer)
     conversation = Conversation(
         tokenizer,
-        room=room_for_prompt(context_length(answerer.model.config), settings.max_new_tokens),
+        room=room_for_prompt(context_length(opened.model.config), settings.max_new_tokens),
         count=lambda prompt: len(prompt_ids(tokenizer, prompt)),
         system=system,
-        single_turn=template not in ("auto", "chat"),
+        single_turn=opened.single_turn,
     )
     if system is not None and not conversation.takes_system():
         raise ModelError(
@@ -75,12 +75,12 @@ def make_conversation(
 
 
 def answer_message(
-    answerer: Answerer, prompt: str, settings: ChatSettings, on_text: Callable[[str], None]
+    opened: OpenedAdapter, prompt: str, settings: ChatSettings, on_text: Callable[[str], None]
 ) -> Answer:
     """The answer to one rendered prompt; ``on_text`` hears it as it comes."""
     (given,) = answer(
-        answerer.model,
-        answerer.tokenizer,
+        opened.model,
+        opened.tokenizer,
         [prompt],
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -102,18 +102,18 @@ class Session:
 
     def __init__(
         self,
-        answerer: Answerer,
+        opened: OpenedAdapter,
         settings: ChatSettings,
         console: Console,
         *,
         system: str | None = None,
         read: Callable[[str], str] | None = None,
     ) -> None:
-        self._answerer = answerer
+        self._opened = opened
         self._settings = settings
         self._console = console
         self._read = read or _line_reader()
-        self._conversation = make_conversation(answerer, settings, system)
+        self._conversation = make_conversation(opened, settings, system)
         self._adapter = True
         self._answers = 0  # so far, so that each draws anew
         self._last: str | None = None  # message
@@ -144,16 +144,16 @@ class Session:
                 self._note("Ctrl-C once more, or Ctrl-D, leaves")
 
     def _greet(self) -> None:
-        name = load_recipe(self._answerer.folder / "recipe.yaml").model.name
-        context = context_length(self._answerer.model.config)
+        name = self._opened.source.name
+        context = context_length(self._opened.model.config)
         temperature = self._settings.temperature
         facts = [
             f"{name} with its adapter",
-            f"on {self._answerer.qlora.device.type}",
+            f"on {self._opened.qlora.device.type}",
             *([f"{context:,} tokens of context"] if context < 1 << 20 else []),
             "greedy" if temperature == 0 else f"temperature {temperature:g}",
         ]
-        self._console.print(f"{self._answerer.folder}", style="bold")
+        self._console.print(f"{self._opened.folder}", style="bold")
         self._note(", ".join(facts))
         if self._conversation.single_turn:
             self._note(
@@ -263,8 +263,8 @@ class Session:
         began = time.perf_counter()
         given: Answer | None = None
         try:
-            with self._answerer.qlora.adapter_on(self._adapter):
-                given = answer_message(self._answerer, rendered.prompt, settings, show)
+            with self._opened.qlora.adapter_on(self._adapter):
+                given = answer_message(self._opened, rendered.prompt, settings, show)
         except KeyboardInterrupt:
             self._stopped = True
         except HalfbyteError as error:

@@ -43,6 +43,7 @@ class Prepared:
     held_out: Pieces
     train_rows: Sequence[Example]  # aligned with train; see Template.rows
     held_out_rows: Sequence[Example]  # of held_out, which has several of one that was split
+    held_out_of: np.ndarray  # the place in held_out_rows of each piece of held_out, int64
     max_length: int
     template: Template
     formats: list[str]  # of the sources, in their order
@@ -151,6 +152,7 @@ def prepare(
             thorough=thorough,
         )
     )
+    of_held_out = fitted.learned_of(_rows_of(of_row, held_out_at))
     warnings = []
     if max_length > model_max_length:
         warnings.append(
@@ -159,9 +161,10 @@ def prepare(
         )
     return Prepared(
         train=train,
-        held_out=Pieces(fitted, fitted.learned_of(_rows_of(of_row, held_out_at))),
+        held_out=Pieces(fitted, of_held_out),
         train_rows=train_rows,
         held_out_rows=held_out_rows,
+        held_out_of=np.searchsorted(held_out_at, of_row[fitted.rows[of_held_out]]),
         max_length=max_length,
         template=template,
         formats=read.formats,

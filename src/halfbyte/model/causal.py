@@ -277,19 +277,19 @@ class QLoRAModel:
     @contextmanager
     def adapter_on(self, on: bool) -> Iterator[None]:
         """With the adapter, or the base model alone, while the context lasts."""
+        before = self._adapter_on
+        self._switch(on)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, on: bool) -> None:
         self._adapter_on = on
         for layer in self.lora.values():
             layer.adapter_enabled = on
         for rows in self.rows.values():
             rows.write() if on else rows.restore()
-        try:
-            yield
-        finally:
-            self._adapter_on = True
-            for layer in self.lora.values():
-                layer.adapter_enabled = True
-            for rows in self.rows.values():
-                rows.write()
 
 
 # Two short rows, with which our logits are compared with the network's own.

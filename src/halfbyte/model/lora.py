@@ -67,6 +67,27 @@ def attach_lora(
     return {name: layers[name] for name in chosen}
 
 
+def attach_saved(
+    model: nn.Module, layers: Mapping[str, Pair], scales: Mapping[str, float], *, use_dora: bool
+) -> dict[str, QLoRALinear]:
+    """Give the layers named in ``layers`` an adapter of these shapes, to be asked, not trained.
+
+    A [r, in] and B [out, r] are copied as fp32, ``scales`` are the factors of B·A by the layer's
+    name; DoRA's magnitudes are the caller's to put in. Returns the layers as ``attach_lora`` does.
+    The layers of ``layers`` must be there, with these shapes.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, QLoRALinear) and n in layers}
+    position = DropoutPosition(0)
+    for number, (name, layer) in enumerate(found.items()):
+        a, b = (t.to(layer.base.device, torch.float32, copy=True) for t in layers[name])
+        layer.lora_A, layer.lora_B = nn.Parameter(a), nn.Parameter(b)
+        layer.scale, layer.dropout_p = scales[name], 0.0
+        layer.number, layer.position = number, position
+        if use_dora:
+            layer.use_dora()
+    return found
+
+
 def _first_a(init: str, r: int, columns: int, generator: torch.Generator) -> Tensor:
     """A [r, columns] before the first step."""
     a = torch.empty(r, columns)

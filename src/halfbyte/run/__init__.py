@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.run.assembly import Rehearsal, rehearse
     from halfbyte.run.folder import latest_run
-    from halfbyte.run.inference import load_for_inference
     from halfbyte.run.loss_table import LossTable
     from halfbyte.run.outcome import Run
     from halfbyte.run.training import train
 
-__all__ = ["LossTable", "Rehearsal", "Run", "latest_run", "load_for_inference", "rehearse", "train"]
+__all__ = ["LossTable", "Rehearsal", "Run", "latest_run", "rehearse", "train"]
 
 _MODULES = {
     "LossTable": "loss_table",
     "Rehearsal": "assembly",
     "rehearse": "assembly",
     "latest_run": "folder",
-    "load_for_inference": "inference",
     "Run": "outcome",
     "train": "training",
 }

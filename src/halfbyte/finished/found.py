@@ -1,0 +1,203 @@
+"""A finished adapter and its base model, found: no weight of the base is read here."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from halfbyte.data.chat_template import own_template
+from halfbyte.errors import ModelError, RunError
+from halfbyte.events.log import FILE_NAME as EVENTS_FILE
+from halfbyte.foreign_json import read_small
+from halfbyte.model.adapter_files import CONFIG, SavedAdapter, read_adapter
+from halfbyte.model.new_tokens import NewTokens
+from halfbyte.model.skeleton import build_skeleton, quantized_linears
+from halfbyte.model.source import ModelSource, open_model
+from halfbyte.model.tokenizer import LONGEST_TEMPLATE, load_tokenizer, require_usable
+from halfbyte.model.wording import reason, some
+from halfbyte.recipe import Recipe
+from halfbyte.recipe.load import load_recipe
+from halfbyte.recipe.schema import ModelRecipe
+from halfbyte.run.folder import require_run
+
+TEMPLATE = "chat_template.jinja"
+_OTHER_BASE = "it is an adapter of another base model; name the right one with --base"
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter folder that has been read, and where its base model is."""
+
+    folder: Path  # as named: a run folder, or one in PEFT's format
+    adapter: Path  # the folder in PEFT's format
+    run: Path | None  # the run folder; None: the adapter comes from elsewhere
+    recipe: Recipe | None  # the run's, effective
+    base: ModelRecipe
+    saved: SavedAdapter  # tensors on the CPU
+
+
+def find_adapter(folder: Path, base: str | None = None) -> FoundAdapter:
+    """The adapter of the run in ``folder``, or the one that lies there in PEFT's format.
+
+    ``base`` is where the base model is, if not where the recipe or the adapter's configuration
+    says. Raises RunError where there is no adapter, ModelError where its files cannot be used or
+    name no base model.
+    """
+    if (folder / EVENTS_FILE).exists():
+        return _of_run(folder, base)
+    if not (folder / CONFIG).exists():
+        raise RunError(_no_adapter(folder))
+    saved = read_adapter(folder)
+    named = saved.config.get("base_model_name_or_path")
+    if base is None and not (isinstance(named, str) and named.strip()):
+        raise ModelError(f"{folder / CONFIG} names no base model; name it with --base.")
+    revision = saved.config.get("revision")
+    model = ModelRecipe(
+        name=base or str(named),
+        revision=revision if base is None and isinstance(revision, str) else None,
+    )
+    return FoundAdapter(folder, folder, None, None, model, saved)
+
+
+def _of_run(folder: Path, base: str | None) -> FoundAdapter:
+    require_run(folder)
+    adapter = folder / "adapter"
+    if not (adapter / CONFIG).exists():
+        raise RunError(
+            f"{folder} holds no adapter yet; go on with halfbyte train --resume {folder}."
+        )
+    recipe = load_recipe(folder / "recipe.yaml")
+    if base is not None:
+        model = recipe.model.model_copy(update={"name": base, "revision": None})
+        recipe = recipe.model_copy(update={"model": model})
+    return FoundAdapter(folder, adapter, folder, recipe, recipe.model, read_adapter(adapter))
+
+
+def _no_adapter(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder}; name a run folder, or an adapter in PEFT's format."
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if below:
+        return f"{folder} holds no adapter itself; did you mean {below[-1]}?"
+    return (
+        f"{folder} is neither a run folder nor an adapter in PEFT's format (it has no {CONFIG}); "
+        "name one that is."
+    )
+
+
+def open_base(found: FoundAdapter) -> ModelSource:
+    """The base model of ``found``, of which the tokenizer is the adapter's where it has one.
+
+    The tokenizer has the chat template that was trained: the adapter's, or where it has none the
+    base's. ``chat_template`` of the result is the base's own. Where the adapter was trained with
+    more rows of embedding and head than the base has, the source has them too. Raises ModelError
+    where the base cannot be found, or has not the layers that the adapter is of.
+    """
+    source = _open(found)
+    base_template = source.chat_template
+    if found.run is None:
+        source = _with_vocabulary(_with_tokenizer(found, source), found)
+    written = _template(found)
+    if written is not None:
+        source.tokenizer.chat_template = written
+    require_usable(source.tokenizer, f"the adapter in {found.folder}")
+    _require_fit(found, source)
+    return replace(source, chat_template=base_template)
+
+
+def _open(found: FoundAdapter) -> ModelSource:
+    path = Path(found.base.name).expanduser()
+    if path.is_absolute() and not path.exists():
+        raise ModelError(
+            f"the base model of {found.folder} was {found.base.name}, which is not on this "
+            "machine; name where it is with --base."
+        )
+    return open_model(found.base)
+
+
+def _with_tokenizer(found: FoundAdapter, source: ModelSource) -> ModelSource:
+    """``source`` with the tokenizer of the adapter's folder, which may have more tokens."""
+    if not any((found.adapter / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return source
+    tokenizer = load_tokenizer(
+        found.adapter, f"the adapter in {found.folder}", source.config.model_type
+    )
+    if own_template(tokenizer) is None:
+        tokenizer.chat_template = source.tokenizer.chat_template
+    return replace(source, tokenizer=tokenizer)
+
+
+def _with_vocabulary(source: ModelSource, found: FoundAdapter) -> ModelSource:
+    """``source`` with as many rows of embedding and head as the adapter was trained with."""
+    text = source.config.get_text_config()
+    rows = int(text.vocab_size)
+    wanted = {len(weight) for weight in found.saved.modules.values()}
+    wanted |= {max(ids) + 1 for ids in token_ids(found.saved).values() if max(ids) >= rows}
+    if not wanted or wanted == {rows}:
+        return source
+    most = max(wanted)
+    if len(wanted) > 1 or most < rows:
+        raise ModelError(
+            f"the adapter in {found.folder} was trained with {most:,} rows of embedding or head, "
+            f"and {source.name} has {rows:,}: {_OTHER_BASE}."
+        )
+    config = copy.deepcopy(source.config)
+    config.get_text_config().vocab_size = most
+    return replace(source, config=config, new_tokens=NewTokens(rows, most - rows, rows, most))
+
+
+def token_ids(saved: SavedAdapter) -> dict[str, list[int]]:
+    """The tokens whose rows were trained apart, by the full name of their module.
+
+    Raises ModelError where the configuration does not say them for a module that has rows.
+    """
+    named = saved.config.get("trainable_token_indices") or {}
+    found = {}
+    for name, rows in saved.token_rows.items():
+        ids = named if isinstance(named, list) else named.get(name.rpartition(".")[2])
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            raise ModelError(f"{CONFIG} does not say of which tokens the rows of {name} are.")
+        if len(ids) != len(rows) or not ids:
+            raise ModelError(f"{CONFIG} names {len(ids)} tokens of {name}, which has {len(rows)}.")
+        found[name] = ids
+    return found
+
+
+def _template(found: FoundAdapter) -> str | None:
+    """The template beside the adapter; None where an adapter from elsewhere has none there."""
+    path = found.adapter / TEMPLATE
+    if found.run is None and not path.exists():
+        return None
+    try:
+        return read_small(path, 4 * LONGEST_TEMPLATE).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {reason(error)}.") from error
+
+
+def require_template(found: FoundAdapter, tokenizer: Any) -> None:
+    """Raise ModelError where nothing says how the adapter is to be prompted."""
+    if own_template(tokenizer) is None:
+        raise ModelError(
+            f"neither the adapter in {found.folder} nor its base model has a chat template, so "
+            f"nothing says how it is prompted; put the one that was trained there as {TEMPLATE}."
+        )
+
+
+def _require_fit(found: FoundAdapter, source: ModelSource) -> None:
+    """Each layer of the adapter is one of the base's, with its shape."""
+    linears = quantized_linears(build_skeleton(source.config, source.name))
+    strange = [name for name in found.saved.layers if name not in linears]
+    if strange:
+        raise ModelError(
+            f"the adapter in {found.folder} is of {some(strange)}, which {source.name} does not "
+            f"have or halfbyte does not adapt: {_OTHER_BASE}."
+        )
+    for name, (a, b) in found.saved.layers.items():
+        wanted = (linears[name].out_features, linears[name].in_features)
+        if (b.shape[0], a.shape[1]) != wanted:
+            raise ModelError(
+                f"the adapter in {found.folder} is of a {name} of {b.shape[0]} × {a.shape[1]} "
+                f"weights, and that of {source.name} has {wanted[0]} × {wanted[1]}: {_OTHER_BASE}."
+            )
