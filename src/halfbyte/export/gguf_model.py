@@ -1,0 +1,163 @@
+"""A model as a GGUF file, written a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from halfbyte.errors import ModelError
+from halfbyte.export.gguf_architecture import Architecture, rope_tensor_name
+from halfbyte.export.gguf_types import WeightType
+from halfbyte.export.gguf_vocabulary import Vocabulary
+
+_Kind = GGMLQuantizationType
+_ENDS = ("token_embd.weight", "output.weight")
+# Files of before 2023 have 1, whose blocks are others.
+_QUANTIZATION_VERSION = 2
+
+
+class Weights(Protocol):
+    """Tensors by transformers' parameter name."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """On the CPU in ``dtype``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the file says of where it comes from."""
+
+    name: str
+    base: str | None  # the base model's name
+    licence: str | None
+    by: str  # who quantized it
+
+    def add_to(self, writer: gguf.GGUFWriter) -> None:
+        writer.add_name(self.name)
+        if self.licence:
+            writer.add_license(self.licence)
+        if self.base:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, self.base)
+        writer.add_quantized_by(self.by)
+
+
+@dataclass(frozen=True)
+class Written:
+    """``tensors``: how many are of each type; ``kept``: those whose rows fit no block of theirs."""
+
+    tensors: dict[str, int]
+    kept: tuple[str, ...]
+
+
+def write_model(
+    path: Path,
+    weights: Weights,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    *,
+    type: WeightType,
+    described: Described,
+    chat_template: str | None,
+    each: Callable[[int, int], None] = lambda done, of: None,
+) -> Written:
+    """Write ``path``, which is no file yet, and hand it to the disk.
+
+    Matrices are written in ``type``, embedding and head in Q8_0 where it has 4 or 5 bits, norms
+    and biases in fp32. A matrix whose rows are no whole number of blocks is written in fp16. One
+    tensor is in memory at a time. ``each`` is told of every tensor that is done. Raises ModelError
+    for a weight that is not a finite number in the type, OSError where the disk is full.
+    """
+    tensors = architecture.tensors(weights.names(), described.name)
+    divisors = architecture.rope_divisors()
+    shapes = _shapes(architecture, tensors, described.name)
+    writer = gguf.GGUFWriter(None, architecture.name)
+    writer.add_type("model")
+    described.add_to(writer)
+    architecture.add_settings(writer)
+    vocabulary.add_to(writer, chat_template)
+    writer.add_file_type(int(type.number))
+    writer.add_quantization_version(_QUANTIZATION_VERSION)
+    kinds = {name: _kind(name, shape, type) for name, shape in shapes.items()}
+    if divisors is not None:
+        _announce(writer, rope_tensor_name(), tuple(divisors.shape), _Kind.F32)
+    for name, kind in kinds.items():
+        _announce(writer, name, shapes[name], kind)
+    writer.write_header_to_file(path)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if divisors is not None:
+            writer.write_tensor_data(divisors.numpy())
+        for number, (name, kind) in enumerate(kinds.items(), 1):
+            values = architecture.as_stored(name, weights.read(tensors[name], torch.float32))
+            writer.write_tensor_data(_in_type(values, kind, tensors[name], shapes[name]))
+            each(number, len(kinds))
+        assert writer.fout is not None
+        for file in writer.fout:
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        writer.close()
+    kept = tuple(n for n, k in kinds.items() if k == _Kind.F16 and _wanted(n, type) != _Kind.F16)
+    counted = Counter(kind.name.lower() for kind in kinds.values())
+    return Written(dict(counted), tuple(n for n in kept if len(shapes[n]) > 1))
+
+
+def _shapes(
+    architecture: Architecture, tensors: Mapping[str, str], model: str
+) -> dict[str, tuple[int, ...]]:
+    from halfbyte.model.skeleton import build_skeleton
+
+    state = build_skeleton(architecture.config, model).state_dict()
+    return {theirs: tuple(state[ours].shape) for theirs, ours in tensors.items()}
+
+
+def _wanted(name: str, type: WeightType) -> GGMLQuantizationType:
+    assert type.kind is not None
+    return type.ends_kind if name in _ENDS else type.kind
+
+
+def _kind(name: str, shape: tuple[int, ...], type: WeightType) -> GGMLQuantizationType:
+    if len(shape) < 2:
+        return _Kind.F32
+    wanted = _wanted(name, type)
+    return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else _Kind.F16
+
+
+def _announce(
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
+) -> None:
+    block, size = GGML_QUANT_SIZES[kind]
+    nbytes = int(np.prod(shape)) // block * size
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+
+
+def _in_type(
+    values: Tensor, kind: GGMLQuantizationType, parameter: str, shape: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    """The bytes of ``values`` (fp32) in ``kind``."""
+    if tuple(values.shape) != shape:
+        raise ModelError(
+            f"{parameter} is of the shape {tuple(values.shape)}, and its model's configuration "
+            f"asks for {shape}: the weights are not of this configuration."
+        )
+    if not bool(values.isfinite().all()):
+        raise ModelError(f"{parameter} holds values that are no finite numbers: nothing was kept.")
+    if kind == _Kind.F16 and float(values.abs().max()) > torch.finfo(torch.float16).max:
+        raise ModelError(f"{parameter} holds values too large for fp16: choose --type bf16 or f32.")
+    found: np.ndarray[Any, Any] = gguf.quantize(values.contiguous().numpy(), kind)
+    return found
