@@ -34,9 +34,16 @@ class Chance:
     @property
     def words(self) -> str:
         """``the difference is real (p = 0.003)``, ``may be chance (p = 0.41)``."""
-        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}" if self.p < 0.1 else ""
-        p = p or f"p = {self.p:.2f}"
+        p = p_text(self.p)
         return f"the difference is real ({p})" if self.real else f"may be chance ({p})"
+
+
+def p_text(p: float) -> str:
+    """``p < 0.001``, ``p = 0.041``, ``p = 0.41``; never rounded to the border it does not reach."""
+    if p < 0.001:
+        return "p < 0.001"
+    digits = 3 if p < 0.1 else 2
+    return f"p = {p:.{digits}f}" if f"{p:.{digits}f}" != f"{REAL:.3f}" else f"p = {p:.4f}"
 
 
 def sign_flip(differences: np.ndarray, *, seed: int, flips: int = FLIPS) -> Chance:

@@ -20,8 +20,10 @@ ANSWERS = "answers.jsonl"
 class Figure:
     """One figure of base and adapter on the same rows.
 
-    ``kind`` says how to write it: ``loss`` (nats), ``factor`` (perplexity) or ``share`` (0 to 1).
-    ``difference`` is adapter − base. ``group`` is ``loss``, ``answers`` or ``choices``.
+    ``group`` is what it is of: ``answer_tokens`` (those that carry loss in training),
+    ``all_tokens``, ``answers`` (those that were made) or ``choices``; ``name`` says what it is
+    there. ``kind`` says how to write it: ``loss`` (nats), ``factor`` (perplexity) or ``share`` (0
+    to 1). ``difference`` is adapter − base.
     """
 
     key: str
