@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from go_template_case import go_render, ollama_data
 from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 
+from go_template_case import go_render, ollama_data
 from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_format
 from halfbyte.export.modelfile import Modelfile, go_template
 from halfbyte.export.turn_format import find_turn_format
@@ -153,7 +153,7 @@ def test_the_go_template_renders_what_was_trained(name: str) -> None:
         CHATML.replace("message['content']", "(loop.index | string) + message['content']"),
         CHATML.replace("message['content']", "(message['content'] | length | string)"),
         CHATML.replace("message['content']", "(message['content'] | upper)"),
-        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{{ messages | length }}",
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{{ messages | length }}",
     ],
 )
 def test_what_is_more_than_texts_is_left_out(template: str) -> None:
