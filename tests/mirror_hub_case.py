@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+from huggingface_hub import ModelCard
+
 TOKEN = "hf_" + "secret" * 6
 SIGNATURE = "X-Amz-Signature=of-this-upload"
 
@@ -31,6 +33,9 @@ class Repositories:
         self.hang: str | None = None  # a part of a request's line that is never answered
         self.released = threading.Event()
         self.ignored: set[str] = set()  # last parts of names that .gitignore leaves out
+        self.owners = {"org"}  # in whose names the login may write
+        self.branches: set[tuple[str, str]] = set()  # repository and branch, beside main
+        self.refused_metadata: str | None = None  # a line of it that the hub does not take
 
     def files(self, repo: str) -> dict[str, bytes]:
         return self.trees[repo][-1]
@@ -62,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if parts[:2] == ["api", "repos"]:
             return self.create(json.loads(body))
+        if parts[:2] == ["api", "validate-yaml"]:
+            return self.validate(json.loads(body)["content"])
         if parts[:2] == ["api", "models"]:
             return self.repository("/".join(parts[2:4]), parts[4:], body)
         if parts[1].endswith(".git"):
@@ -78,12 +85,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return found
 
+    def validate(self, card: str) -> None:
+        """As the hub: YAML that its client can read, and no metadata that is said to be refused."""
+        refused = self.hub.refused_metadata
+        if refused is not None and refused in card:
+            errors = [{"message": f"{refused} is not allowed"}]
+            return self.answer(400, json.dumps({"errors": errors, "warnings": []}).encode())
+        ModelCard(card)
+        return self.reply({"errors": [], "warnings": []})
+
     def create(self, asked: dict[str, object]) -> None:
+        if asked["organization"] not in self.hub.owners:
+            return self.answer(403, b"{}")
         repo = f"{asked['organization']}/{asked['name']}"
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.private[repo] = private
         self.hub.trees[repo] = [{".gitattributes": b"*.safetensors filter=lfs"}]
-        self.reply({"url": f"{self.base}/{repo}"})
+        return self.reply({"url": f"{self.base}/{repo}"})
 
     def repository(self, repo: str, rest: list[str], body: bytes) -> None:
         if repo not in self.hub.trees:
@@ -93,13 +111,14 @@ class _Handler(BaseHTTPRequestHandler):
             sha = f"{len(self.hub.trees[repo]):040x}"
             return self.reply({"id": repo, "sha": sha, "private": self.hub.private[repo]})
         if rest[0] == "tree":
-            below = "/".join(rest[2:]) + "/"
+            below = "/".join([*rest[2:], ""]) if rest[2:] else ""
             found = {p: b for p, b in tree.items() if p.startswith(below)}
             if not found:
                 return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            return self.reply(
-                [{"type": "file", "path": p, "size": len(b), "oid": "0"} for p, b in found.items()]
-            )
+            return self.reply([self.listed(path, content) for path, content in found.items()])
+        if rest[0] == "branch":
+            self.hub.branches.add((repo, rest[1]))
+            return self.reply({})
         if rest[0] == "preupload":
             modes = [
                 {
@@ -114,6 +133,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.trees[repo].append(self.committed(dict(tree), body))
         url = f"{self.base}/{repo}/commit/1"
         return self.reply({"commitUrl": url, "commitOid": "1" * 40, "pullRequestUrl": None})
+
+    def listed(self, path: str, content: bytes) -> dict[str, object]:
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        found = {"type": "file", "path": path, "size": len(content), "oid": blob}
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 in self.hub.large:
+            found["oid"] = "0" * 40  # of the pointer
+            found["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
+        return found
 
     def committed(self, tree: dict[str, bytes], body: bytes) -> dict[str, bytes]:
         for line in body.decode().splitlines():

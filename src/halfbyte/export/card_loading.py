@@ -26,6 +26,22 @@ def loading_lines(
     return _adapter(base, quantization, place)
 
 
+def with_place(card: str, place: str) -> str:
+    """A card that speaks of this folder (``place`` None above) made one that speaks of ``place``.
+
+    Only lines that :func:`loading_lines` writes are changed.
+    """
+    name, fetched = place.rpartition("/")[2], _fetched(place)
+    return (
+        card.replace('from_pretrained(".")', f"from_pretrained({_text(place)})")
+        .replace('from_pretrained(base, ".")', f"from_pretrained(base, {_text(place)})")
+        .replace('from_pretrained(".", dtype=', f"from_pretrained({_text(place)}, dtype=")
+        .replace("\nvllm serve .\n", f"\nvllm serve {place}\n")
+        .replace("```sh\nhalfbyte chat .", f"```sh\n{fetched}halfbyte chat {name}")
+        .replace("```sh\nllama-cli -m ", f"```sh\n{fetched}llama-cli -m ")
+    )
+
+
 def _adapter(base: str, quantization: QuantizationRecipe | None, place: str | None) -> list[str]:
     on_hub = hub_name(base)
     blocks = 64 if quantization is None else quantization.block_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,7 +13,8 @@ from halfbyte.events import read_events
 from halfbyte.events.types import Audited, Evaluated, Kept, ModelLoaded
 from halfbyte.export.card_loading import loading_lines
 from halfbyte.export.card_text import escape, public_name
-from halfbyte.export.model_card import assemble, model_card
+from halfbyte.export.model_card import NOTES, assemble, model_card
+from halfbyte.foreign_json import read_small
 from halfbyte.model.adapter_files import SavedAdapter
 from halfbyte.model.folder import read_licence
 from halfbyte.recipe import Recipe
@@ -56,6 +58,7 @@ def derived_card(
         records = _records(found.run)
         if records is not None:
             model, audit, evaluations, kept = records
+            model = replace(model, name=found.base.name)
             return model_card(
                 found.recipe,
                 model=model,
@@ -63,6 +66,7 @@ def derived_card(
                 evaluations=evaluations,
                 kept=kept,
                 version=halfbyte.__version__,
+                notes=_notes(found.adapter) if kind == "adapter" else (),
                 run=found.run,
                 kind=kind,
                 facts=facts,
@@ -70,6 +74,17 @@ def derived_card(
                 file=file,
             )
     return _from_files(found, kind, facts, place, file)
+
+
+def _notes(adapter: Path) -> list[str]:
+    """What the card beside an adapter of a run says must be known to load it."""
+    try:
+        card = read_small(adapter / "README.md").decode("utf-8")
+    except (OSError, ValueError):
+        return []
+    _, there, after = card.partition(f"\n{NOTES}\n")
+    paragraphs = after.partition("\n## ")[0].split("\n\n") if there else []
+    return [text for paragraph in paragraphs if (text := paragraph.strip())]
 
 
 def _records(run: Path) -> tuple[ModelLoaded, Audited, list[Evaluated], Kept | None] | None:
@@ -102,16 +117,34 @@ def _from_files(
     shape = f"{''.join(f'{name}, ' for name in kinds)}r {rank}, on {', '.join(targets)}"
     pairs = [("base model", escape(public_name(base))), ("adapter", escape(shape))]
     pairs += [(escape(name), escape(value)) for name, value in facts.items()]
+    medical = is_medical(f"{base} {found.adapter.resolve().name}")
+    return _plain(kind, base, pairs, place, file, read_licence(found.adapter), medical)
+
+
+def bare_card(kind: DerivedKind, base: str, folder: Path, place: str, file: str | None) -> str:
+    """The card of a model in ``folder`` of which nothing is known but its base model."""
+    pairs = [("base model", escape(public_name(base)))]
+    medical = is_medical(f"{base} {folder.resolve().name} {file or ''}")
+    return _plain(kind, base, pairs, place, file, None, medical)
+
+
+def _plain(
+    kind: DerivedKind,
+    base: str,
+    pairs: list[tuple[str, str]],
+    place: str | None,
+    file: str | None,
+    licence: str | None,
+    medical: bool,
+) -> str:
     folder = Path(base).expanduser()
-    licence = read_licence(folder) if folder.is_dir() else None
-    short = public_name(base).rpartition("/")[2]
     return assemble(
         kind,
-        title=f"{short}, fine-tuned with LoRA",
+        title=f"{public_name(base).rpartition('/')[2]}, fine-tuned with LoRA",
         base=base,
         datasets=(),
         index=None,
-        licence=licence or read_licence(found.adapter),
+        licence=(read_licence(folder) if folder.is_dir() else None) or licence,
         data_licence=None,
         objective=None,
         pairs=pairs,
@@ -119,7 +152,7 @@ def _from_files(
         loading=loading_lines(kind, base, None, place, file),
         results=(),
         recipe=(),
-        medical=is_medical(f"{base} {found.adapter.resolve().name}"),
+        medical=medical,
         trained_with=None,
         version=halfbyte.__version__,
     )

@@ -25,6 +25,8 @@ from halfbyte.recipe.subject import is_medical
 # What of a recipe says how the adapter came to be; the rest is of the machine, or of the report.
 _TOLD = ("seed", "precision", "model", "data", "quantization", "lora", "training", "evaluation")
 
+NOTES = "## Before it is loaded"
+
 _WHAT = {
     "adapter": "A LoRA adapter for {base}",
     "combination": "A LoRA adapter for {base}, made of others with halfbyte {version}",
@@ -165,7 +167,7 @@ def assemble(
         *loading,
         template,
         "",
-        *(line for note in notes for line in (note, "")),
+        *([NOTES, "", *(line for note in notes for line in (note, ""))] if notes else []),
         *(["## Results", "", *results] if results else []),
         *(["## How it was trained", "", *recipe] if recipe else []),
         "## Intended use",
