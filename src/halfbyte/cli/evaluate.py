@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +91,8 @@ def evaluate(
     logging.set_verbosity_error()  # its advice is for programmers
     found = find_adapter(folder or latest_run(), base)
     place = judged_folder(found, out)
-    asked = _asked(choices, bertscore, None if no_generate else max_new_tokens, seed)
+    longest = None if no_generate else max_new_tokens
+    asked = replace(_asked(choices, bertscore, longest, seed), held_out=data is None)
     console = _console(as_json)
     results, rows = _judge(found, asked, data, limit, device, console)
     written = list(write_judged(place, results, rows))

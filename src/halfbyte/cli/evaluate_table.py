@@ -55,7 +55,8 @@ def print_results(console: Console, results: Results, written: Sequence[Path]) -
 
 def _print_about(console: Console, results: Results) -> None:
     about = results.about
-    rows = f"{about.get('rows'):,} rows of {about.get('data')}"
+    held_out = " held-out" if about.get("held_out") else ""
+    rows = f"{about.get('rows'):,}{held_out} rows of {about.get('data')}"
     if about.get("questions"):
         rows += f", {about.get('questions'):,} questions with choices"
     lines = (

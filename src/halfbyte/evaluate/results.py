@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluate.paired import Chance
 from halfbyte.evaluate.resampling import Estimate
+from halfbyte.foreign_json import read_json
 
 FORMAT = 1
 FOLDER = "evaluation"
@@ -91,6 +93,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):  # numpy's are floats too
         return float(value) if math.isfinite(value) else None
     return value
+
+
+def read_results(run: Path) -> Results | str | None:
+    """The results in the folder of a ``run``; why they cannot be read; None where there are none.
+
+    What a link leads to is not read.
+    """
+    path = run / FOLDER / RESULTS
+    if path.parent.is_symlink() or path.is_symlink() or not path.exists():
+        return None
+    try:
+        return results_of(read_json(path))
+    except (OSError, ValueError) as error:
+        return f"{FOLDER}/{RESULTS} cannot be read ({error})"
 
 
 def results_of(value: Any) -> Results:

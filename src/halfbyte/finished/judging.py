@@ -51,10 +51,12 @@ def silent(name: str) -> Iterator[Callable[[int, int], None]]:
 class Asked:
     """What is to be judged, and how.
 
-    ``max_new_tokens`` is the longest answer; with None there are none. ``bert`` computes BERTScore
-    of them. ``questions`` are those with choices. ``seed`` draws resamples and flips.
+    ``held_out``: the rows are those that the run held out, of which it is known that they did not
+    train. ``max_new_tokens`` is the longest answer; with None there are none. ``bert`` computes
+    BERTScore of them. ``questions`` are those with choices. ``seed`` draws resamples and flips.
     """
 
+    held_out: bool = True
     max_new_tokens: int | None = 256
     bert: BertScorer | None = None
     questions: Sequence[Question] = ()
@@ -97,6 +99,7 @@ def judge(
             "base": opened.source.name,
             "data": held_out.source,
             "rows": len(rows),
+            "held_out": asked.held_out,
             "questions": len(asked.questions),
             "format": held_out.template.name,
         },
@@ -330,7 +333,7 @@ def _judge_choices(
             for by_token in (False, True)
         }
     guessed = float(np.mean([1 / len(question.choices) for question in questions]))
-    found.notes.append(f"Who guesses is right in {guessed:.1%} of the questions with choices.")
+    found.notes.append(f"Guessing is right in {100 * guessed:.1f} % of the questions with choices.")
     return [
         Measured(key, name, "choices", right[BASE][by_token], right[ADAPTER][by_token], right=True)
         for key, name, by_token in (

@@ -23,6 +23,7 @@ from halfbyte.report.blocks import (
     Verbatim,
 )
 from halfbyte.report.cleaning import funnel
+from halfbyte.report.evaluation import judged
 from halfbyte.report.findings import findings
 from halfbyte.report.page_one import is_cut, shown_in_full
 from halfbyte.report.story import Story
@@ -267,6 +268,7 @@ def _results(story: Story) -> list[Block]:
             )
         )
     blocks += _evaluations(story)
+    blocks += judged(story)
     blocks += watching(story)
     if story.answers and is_cut(story):
         blocks += [

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from halfbyte.data.audit.private import hidden
 from halfbyte.errors import RunError
+from halfbyte.evaluate.results import Results, read_results
 from halfbyte.events import Record, read_events
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import (
@@ -124,6 +125,7 @@ class Story:
     changed: list[Changed] = field(default_factory=list)  # settings, since it was begun
     missing: list[str] = field(default_factory=list)  # files of the folder that were not there
     packages: list[tuple[str, str, str]] = field(default_factory=list)  # name, version, licence
+    judged: Results | str | None = None  # of ``halfbyte evaluate``, or why they cannot be read
 
     @property
     def last_step(self) -> int:
@@ -215,7 +217,7 @@ def read_story(folder: Path) -> Story:
         asked=flatten(_read_asked(asked)) if asked.exists() else {},
         missing=[] if asked.exists() else [asked.name],
     )
-    return replace(story, packages=_packages(folder / SBOM_FILE))
+    return replace(story, packages=_packages(folder / SBOM_FILE), judged=read_results(folder))
 
 
 def _packages(bill: Path) -> list[tuple[str, str, str]]:
