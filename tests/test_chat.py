@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,65 +11,11 @@ from typing import Any
 import pytest
 import torch
 from rich.cells import cell_len
-from rich.console import Console
 from typer.testing import CliRunner
 
-from halfbyte.cli.chat_session import ChatSettings, Session
-from halfbyte.cli.units import visible
 from halfbyte.cli.word_wrap import WordWrap
-from halfbyte.data.template import make_template
-from halfbyte.events import EventLog
-from halfbyte.events.types import Finished
-from halfbyte.export.adapter_folder import write_adapter_folder
 from halfbyte.generate.conversation import Conversation
-from halfbyte.model.source import open_model
-from halfbyte.recipe import Recipe
-from halfbyte.recipe.write import dump_recipe
-
-INSTRUCTION_FORMAT = "### Instruction:\n{instruction}\n\n### output:\n{output}"
-
-
-def make_run(folder: Path, model: Path, template: str) -> Path:
-    """The folder of a finished run whose adapter is random, and not zero."""
-    from transformers import AutoModelForCausalLM
-
-    recipe = Recipe.model_validate(
-        {
-            "precision": "fp32",
-            "model": {"name": str(model)},
-            "data": {"path": "rows.jsonl", "template": template},
-            "quantization": {"upcast_rest": True},
-            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-        }
-    )
-    draw = torch.Generator().manual_seed(1)
-    layers = {
-        name: (
-            torch.randn(4, module.in_features, generator=draw),
-            torch.randn(module.out_features, 4, generator=draw),
-        )
-        for name, module in AutoModelForCausalLM.from_pretrained(model).named_modules()
-        if name.endswith(("q_proj", "v_proj"))
-    }
-    tokenizer = open_model(recipe.model).tokenizer
-    write_adapter_folder(
-        folder / "adapter",
-        layers,
-        lora={
-            "r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.0,
-            "target_modules": ["q_proj", "v_proj"],
-        },
-        base_name=str(model),
-        tokenizer=tokenizer,
-        chat_template=make_template(recipe.data, tokenizer)[0].chat_template(),
-        card="",
-    )
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    with EventLog(folder) as log:
-        log(Finished(1, 1.0))
-    return folder
+from talk_case import INSTRUCTION_FORMAT, chatml, expected, make_run, on_screen, said, talk
 
 
 @pytest.fixture(scope="module")
@@ -89,26 +34,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def expected(answerer: Any, prompt: str, *, adapter: bool = True, new: int = 12) -> str:
-    """What transformers' ``generate`` says after ``prompt``."""
-    tokenizer, network = answerer.tokenizer, answerer.model
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-    before = network.config._attn_implementation
-    network.config._attn_implementation = "sdpa"
-    with answerer.qlora.adapter_on(adapter):
-        out = network.generate(ids, do_sample=False, max_new_tokens=new)[0, ids.shape[1] :]
-    network.config._attn_implementation = before
-    return str(tokenizer.decode(out, skip_special_tokens=True)).rstrip("\ufffd")
-
-
-def chatml(*said: str, system: str | None = None) -> str:
-    turns = [] if system is None else [f"<|im_start|>system\n{system}<|im_end|>\n"]
-    for number, text in enumerate(said):
-        role = "assistant" if number % 2 else "user"
-        turns.append(f"<|im_start|>{role}\n{text}<|im_end|>\n")
-    return "".join(turns) + "<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
@@ -158,26 +83,6 @@ def test_a_broken_template_is_one_sentence(tmp_path: Path, tiny_model: Path) -> 
         assert says in done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
-
-
-def talk(
-    answerer: Any, *lines: str | type[BaseException], system: str | None = None, **settings: Any
-) -> str:
-    """What a terminal shows; a class among ``lines`` is raised where a line was asked for."""
-    waiting = [*lines, EOFError]
-
-    def read(_: str) -> str:
-        line = waiting.pop(0)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    shown = io.StringIO()
-    console = Console(file=shown, width=200, highlight=False, markup=False)
-    chosen = ChatSettings(**{"max_new_tokens": 12, **settings})
-    Session(answerer, chosen, console, system=system, read=read).run()
-    talk.left = waiting  # type: ignore[attr-defined]
-    return shown.getvalue()
 
 
 def test_a_conversation_goes_on(answerer: Any) -> None:
@@ -334,14 +239,3 @@ def wrapped(text: str, width: int, size: int, column: int = 0) -> str:
         wrap.push(text[start : start + size])
     wrap.end()
     return written.getvalue()
-
-
-def said(shown: str) -> list[str]:
-    """The answers in what a terminal showed."""
-    pattern = r"^(?:model|base): (.*?)\n(?:\d+ tokens?[^\n]*tokens/s|stopped;[^\n]*)$"
-    return re.findall(pattern, shown, re.MULTILINE | re.DOTALL)
-
-
-def on_screen(*answers: str) -> list[str]:
-    """How a terminal shows ``answers``."""
-    return [visible(text) for text in answers]

@@ -12,13 +12,17 @@ import typer
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
-    from halfbyte.cli.chat_session import ChatSettings
+    from halfbyte.cli.chat_answer import ChatSettings
     from halfbyte.finished.opened import OpenedAdapter
 
 
 def chat(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Run folder; by default the latest run.")
+        Path | None,
+        typer.Argument(
+            metavar="DIR",
+            help="Run folder, or an adapter in PEFT's format; by default the latest run.",
+        ),
     ] = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message (or instruction).")
@@ -40,6 +44,10 @@ def chat(
         int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
     ] = 512,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of what is drawn.")] = 0,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Base model, if it is not where the adapter says."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Talk with a fine-tuned model, in the format that was trained.
@@ -50,8 +58,8 @@ def chat(
     if device not in ("auto", "cpu", "cuda"):
         raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
     message = None if sys.stdin.isatty() else _read_message()
-    from halfbyte.cli.chat_session import ChatSettings
-    from halfbyte.cli.folders import run_folder
+    from halfbyte.cli.chat_answer import ChatSettings
+    from halfbyte.run.folder import latest_run
 
     settings = ChatSettings(
         temperature=temperature,
@@ -61,11 +69,11 @@ def chat(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    run = run_folder(folder)
+    named = folder or latest_run()
     if message is None:
-        _talk(run, system, settings, device)
+        _talk(named, base, system, settings, device)
     else:
-        _answer_once(_load(run, device), message, system, settings)
+        _answer_once(_load(named, base, device), message, system, settings)
 
 
 def _read_message() -> str:
@@ -82,25 +90,27 @@ def _read_message() -> str:
     return message
 
 
-def _load(run: Path, device: str) -> OpenedAdapter:
+def _load(folder: Path, base: str | None, device: str) -> OpenedAdapter:
     from transformers.utils import logging
 
     from halfbyte.finished import open_adapter
 
     logging.set_verbosity_error()  # its advice is for programmers, and would stand in the talk
-    return open_adapter(run, device=device)
+    return open_adapter(folder, base=base, device=device)
 
 
-def _talk(run: Path, system: str | None, settings: ChatSettings, device: str) -> None:
+def _talk(
+    folder: Path, base: str | None, system: str | None, settings: ChatSettings, device: str
+) -> None:
     from halfbyte.cli.chat_session import Session
     from halfbyte.cli.display import make_console
 
     console = make_console()
     if console.is_terminal:
         with console.status("loading the model …"):
-            opened = _load(run, device)
+            opened = _load(folder, base, device)
     else:
-        opened = _load(run, device)
+        opened = _load(folder, base, device)
     Session(opened, settings, console, system=system).run()
 
 
@@ -108,7 +118,7 @@ def _answer_once(
     opened: OpenedAdapter, message: str, system: str | None, settings: ChatSettings
 ) -> None:
     """Print the answer to ``message`` as it comes, and nothing else, on standard output."""
-    from halfbyte.cli.chat_session import answer_message, cut_text, make_conversation
+    from halfbyte.cli.chat_answer import answer_message, cut_text, make_conversation
 
     conversation = make_conversation(opened, settings, system)
 

@@ -14,6 +14,15 @@ _PROBE = "halfbyte probe"
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A message and its answer; ``by`` says who answered, in the words of whoever keeps it."""
+
+    said: str
+    answered: str
+    by: str = ""
+
+
+@dataclass(frozen=True)
 class Rendered:
     """A prompt that fits, and what had to go for it."""
 
@@ -25,6 +34,7 @@ class Conversation:
     """Messages and answers, rendered by the tokenizer's chat template (``data/chat_render.py``).
 
     With ``single_turn`` (a format whose rows were one question each) every message stands alone.
+    All turns are remembered, also those that are in no prompt any more.
     ``room`` is how many tokens a prompt may have; ``count`` tells the tokens of one.
     """
 
@@ -42,12 +52,18 @@ class Conversation:
         self._count = count
         self.system = system
         self.single_turn = single_turn
-        self._turns: list[tuple[str, str]] = []
+        self._turns: list[Turn] = []
+        self._dropped = 0  # of them, from the first on
 
     @property
     def turns(self) -> int:
         """Messages that have an answer and are part of the next prompt."""
-        return len(self._turns)
+        return 0 if self.single_turn else len(self._turns) - self._dropped
+
+    @property
+    def said(self) -> list[Turn]:
+        """All turns since the conversation began."""
+        return list(self._turns)
 
     def prompt(self, message: str) -> Rendered:
         """The prompt for ``message``; where it is too long the oldest turns are forgotten.
@@ -63,24 +79,26 @@ class Conversation:
                     "the adapter's chat_template.jinja writes nothing of this conversation; mend "
                     "the template."
                 )
-            if not self._turns or tokens <= self._room:
+            if not self.turns or tokens <= self._room:
                 return Rendered(prompt, dropped)
-            del self._turns[0]
+            self._dropped += 1
             dropped += 1
 
-    def add(self, message: str, answer: str) -> None:
-        """Remember a turn, unless each message stands alone."""
-        if not self.single_turn:
-            self._turns.append((message, answer))
+    def add(self, message: str, answer: str, by: str = "") -> None:
+        """Remember a turn."""
+        self._turns.append(Turn(message, answer, by))
 
-    def forget_last(self, message: str) -> None:
-        """Forget the last turn if it was about ``message``."""
-        if self._turns and self._turns[-1][0] == message:
-            del self._turns[-1]
+    def take_last(self) -> Turn | None:
+        """Forget the last turn, which is returned; None where there is none."""
+        if not self._turns:
+            return None
+        self._dropped = min(self._dropped, len(self._turns) - 1)
+        return self._turns.pop()
 
     def clear(self) -> None:
         """Forget all turns; the system message stays."""
         self._turns.clear()
+        self._dropped = 0
 
     def takes_system(self) -> bool:
         """Whether the format has a place for a system message."""
@@ -92,9 +110,9 @@ class Conversation:
 
     def _render(self, message: str) -> str:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for said, answered in self._turns:
-            messages.append({"role": "user", "content": said})
-            messages.append({"role": "assistant", "content": answered})
+        for turn in [] if self.single_turn else self._turns[self._dropped :]:
+            messages.append({"role": "user", "content": turn.said})
+            messages.append({"role": "assistant", "content": turn.answered})
         return self._apply([*messages, {"role": "user", "content": message}])
 
     def _apply(self, messages: list[dict[str, str]]) -> str:
