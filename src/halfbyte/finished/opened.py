@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from halfbyte.errors import ModelError
@@ -57,19 +58,27 @@ class OpenedAdapter:
 
 
 def open_adapter(
-    folder: Path | FoundAdapter, *, base: str | None = None, device: str = "auto"
+    folder: Path | FoundAdapter,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    copies: bool = True,
 ) -> OpenedAdapter:
     """The model of the adapter in ``folder``, as it was trained: base in 4 bits, adapter beside.
 
     An adapter from elsewhere gets its base in NF4 with halfbyte's defaults, or as its checkpoint is
-    quantized already. Raises what :func:`~halfbyte.finished.found.find_adapter` and
-    :func:`~halfbyte.finished.found.open_base` raise, and ModelError where the adapter's tensors do
-    not fit.
+    quantized already. With ``copies`` the weights are kept dequantized as well where they take at
+    most half of the memory that is free, which is faster. Raises what
+    :func:`~halfbyte.finished.found.find_adapter` and :func:`~halfbyte.finished.found.open_base`
+    raise, and ModelError where the adapter's tensors do not fit.
     """
     found = folder if isinstance(folder, FoundAdapter) else find_adapter(folder, base)
     source = open_base(found)
     on = find_device(device)
     qlora = _of_run(found, source, on) if found.recipe else _from_elsewhere(found, source, on)
+    if copies and _copies_bytes(qlora) <= _free_bytes(on) // 2:
+        for layer in qlora.linears.values():
+            layer.keep_dense()
     qlora.network.eval()
     return OpenedAdapter(found, source, qlora)
 
@@ -79,7 +88,7 @@ def _of_run(found: FoundAdapter, source: ModelSource, device: Device) -> QLoRAMo
     assert recipe is not None
     if device.kind == "cpu" and recipe.precision != "fp32" and not device.bf16_native:
         recipe = recipe.model_copy(update={"precision": "fp32"})
-    qlora, _ = load_model(recipe, source, device, begun=found.run)
+    qlora, _ = load_model(recipe, source, device, begun=found.run, copied_layers=0)
     if found.saved.layers.keys() != qlora.lora.keys():
         raise ModelError(f"the adapter in {found.folder} is not one of {source.name}'s layers.")
     put_saved(qlora, found.saved)
@@ -101,13 +110,21 @@ def _from_elsewhere(found: FoundAdapter, source: ModelSource, device: Device) ->
     rows = _trained_rows(loaded.model, saved)
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(False)
-    if device.kind == "cuda":
-        torch.cuda.empty_cache()
-        for layer in lora.values():
-            layer.keep_dense()
     qlora = QLoRAModel(loaded.model, lora, compute_dtype, rows)
     put_saved(qlora, saved)
     return qlora
+
+
+def _copies_bytes(qlora: QLoRAModel) -> int:
+    size = qlora.compute_dtype.itemsize
+    return sum(m.in_features * m.out_features * size for m in qlora.linears.values())
+
+
+def _free_bytes(device: Device) -> int:
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _trained_rows(network: Any, saved: SavedAdapter) -> dict[str, TrainedRows]:
