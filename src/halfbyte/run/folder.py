@@ -28,6 +28,7 @@ CONTENTS = (
     "initial_adapter",
     "checkpoints",
     "plots",
+    "evaluation",
     "tensorboard",
     "wandb",
     "trackers.json",
