@@ -100,7 +100,8 @@ def side_by_side(folder: Path) -> list[Block]:
     try:
         seen = read_record(path)
     except RunError as error:
-        return [Heading("Answers side by side"), Paragraph(str(error))]
+        said = str(error).replace(str(path), f"{FOLDER}/{RECORD}")
+        return [Heading("Answers side by side"), Paragraph(said)]
     names = [column.name for column in seen.columns]
     shown = seen.asked[:MOST_PROMPTS]
     said = (
