@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.evaluate.figure_text import GROUPS, interval_text
+from halfbyte.evaluate.results import Results, read_results
 from halfbyte.events.types import Evaluated, Kept
 from halfbyte.export.card_text import escape, hub_name, public_name, table
-from halfbyte.foreign_json import read_json
 from halfbyte.recipe import Recipe
-
-EVALUATION = Path("evaluation") / "results.json"  # in a run folder
-_MOST_ROWS = 30
 
 
 def held_out_losses(evaluations: Sequence[Evaluated], kept: Kept | None) -> dict[str, Evaluated]:
@@ -66,53 +64,29 @@ def model_index(
 
 
 def evaluation_lines(run: Path) -> list[str]:
-    """What ``halfbyte evaluate`` found of the run in this folder; nothing where it did not look.
-
-    The file is read as one that somebody else wrote: what is no figure is passed over.
-    """
-    try:
-        found = read_json(run / EVALUATION)
-    except (OSError, ValueError):
+    """What ``halfbyte evaluate`` found of the run in this folder; nothing where it did not look,
+    or where its results cannot be read."""
+    found = read_results(run)
+    if not isinstance(found, Results):
         return []
-    rows = _figures(found)
-    if not rows:
-        return []
-    return [
-        "By `halfbyte evaluate`, on held-out rows (in brackets 95 % of the bootstrap):",
+    about = found.about
+    lines = [
+        f"Judged on {escape(str(about.get('rows')))} rows of "
+        f"{escape(public_name(str(about.get('data'))))} that did not train, against the base in 4 "
+        "bits without the adapter; in brackets are 95 % intervals:",
         "",
-        *table(("figure", "base in 4 bits", "adapter"), rows),
     ]
-
-
-def _figures(found: Any) -> list[tuple[str, str, str]]:
-    figures = found.get("figures") if isinstance(found, dict) else None
-    if isinstance(figures, dict):
-        named = list(figures.items())
-    elif isinstance(figures, list):
-        named = [(f.get("name"), f) for f in figures if isinstance(f, dict)]
-    else:
-        return []
-    rows = []
-    for name, figure in named[:_MOST_ROWS]:
-        if not isinstance(name, str) or not isinstance(figure, dict):
-            continue
-        base, adapter = _figure(figure.get("base")), _figure(figure.get("adapter"))
-        if adapter:
-            rows.append((escape(name), base or "–", adapter))
-    return rows
-
-
-def _figure(found: Any) -> str | None:
-    """A value with its interval, as ``{"value": …, "low": …, "high": …}`` or a plain number."""
-    if isinstance(found, dict):
-        value = _number(found.get("value"))
-        low, high = _number(found.get("low")), _number(found.get("high"))
-        if value is None or low is None or high is None:
-            return value
-        return f"{value} [{low}, {high}]"
-    return _number(found)
-
-
-def _number(found: Any) -> str | None:
-    is_one = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-    return f"{found:.4g}" if is_one else None
+    for group, title in GROUPS.items():
+        rows = [
+            (
+                escape(figure.name),
+                escape(interval_text(figure, figure.base)),
+                escape(interval_text(figure, figure.adapter)),
+                escape(figure.chance.words),
+            )
+            for figure in found.figures
+            if figure.group == group
+        ]
+        if rows:
+            lines += table((escape(title), "base", "adapter", "by chance?"), rows)
+    return lines

@@ -8,7 +8,7 @@ import re
 # costs a sentence, one too few may cost more, so that a doubtful word counts.
 _MEDICAL = re.compile(
     r"\b(?:(?:bio|para|tele)?medic(?:al|ine|in|ation|ations|ament|o)?\b|(?:bio|pub)med|clinic"
-    r"|med(?:qa|mcqa|quad|alpaca|dialog|instruct|text|chat|gpt|llm|llama)|icliniq|wikidoc\b"
+    r"|med ?(?:qa|mcqa|quad|alpaca|dialog|instruct|text|chat|gpt|llm|llama)|icliniq|wikidoc\b"
     r"|doctors?\b|chat ?doctor|physicians?\b|surge(?:on|ry)|nurs(?:e|es|ing)\b|hospital"
     r"|health(?!y|ier|iest|ily)|pharma|diseases?\b|illness|symptom|diagnos(?:is|es)\b|patholog"
     r"|oncolog|radiolog|cardiolog|dermatolog|neurolog|psychiatr|pediatric|therap(?:y|ist|eutic)"
