@@ -1,0 +1,95 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfbyte.errors import HalfbyteError, RunError
+from halfbyte.model.wording import reason
+
+# Beside the weights: a tokenizer takes up to 35 MB, the rest little.
+BESIDE = 48 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def new_folder(out: Path, size: int = 0, what: str = "the model") -> Iterator[Path]:
+    """Where to write what ``out`` will hold; it gets that name when the context ends well.
+
+    Until then it is a hidden folder beside it. All files are on the disk before the name is given,
+    and whatever goes wrong, nothing is left. ``size`` is how many bytes ``what`` takes, for a look
+    at the disk beforehand. Raises RunError where ``out`` exists, where there is too little room,
+    and where nothing can be written there.
+    """
+    require_new(out)
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():  # of one that was killed
+            shutil.rmtree(partial)
+        _require_space(out, size, what)
+        partial.mkdir()
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {reason(error)}; name another --out.") from error
+    try:
+        yield partial
+        _sync(partial)
+        require_new(out)
+        os.rename(partial, out)
+        _sync_folder(out.parent)
+    except HalfbyteError:
+        raise
+    except Exception as error:  # libraries written in Rust have errors of their own for a full disk
+        if not _is_of_disk(error):
+            raise
+        raise RunError(
+            f"{what} could not be written to {out}, and nothing of it is kept: {reason(error)}; "
+            "make room, or name an --out on another disk."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_new(out: Path) -> None:
+    """Raise RunError where there is something called ``out`` already."""
+    if os.path.lexists(out):
+        raise RunError(f"{out} is there already and is not replaced; name another --out.")
+
+
+def _require_space(out: Path, size: int, what: str) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < size + BESIDE:
+        raise RunError(
+            f"{what} will take {(size + BESIDE) / 1e9:.2f} GB, and the disk of {out} has "
+            f"{free / 1e9:.2f} GB free: make room, or name an --out on another disk."
+        )
+
+
+def _is_of_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return True
+    words = str(error).lower()
+    return any(sign in words for sign in ("no space left", "storagefull", "disk quota", "os error"))
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
