@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfbyte.evaluate.paired import Chance, mcnemar, sign_flip
-from halfbyte.evaluate.resampling import interval, resample
+from halfbyte.evaluate.resampling import Estimate, interval, resample
 from halfbyte.evaluate.results import Figure, Wins
 
 
@@ -49,21 +49,19 @@ def compare(measured: Sequence[Measured], *, seed: int) -> list[Figure]:
         np.stack([w for weight in weights for w in (weight, weight)], axis=1),
         seed=seed,
     )
+    every = (ratios.values, ratios.resampled, ratios.without)
     figures = []
     for number, m in enumerate(measured):
-
-        def of(values: np.ndarray, column: int, m: Measured = m) -> np.ndarray:
+        of_base, of_adapter = (
+            [values[..., column] for values in every] for column in (2 * number, 2 * number + 1)
+        )
+        estimates = [_estimate(of_base), _estimate(of_adapter)]
+        if m.exponential:
+            estimates = [_exponential(one) for one in estimates]
             with np.errstate(over="ignore"):
-                return np.exp(values[..., column]) if m.exponential else values[..., column]
-
-        base, adapter = 2 * number, 2 * number + 1
-        found = [
-            [of(values, column) for values in (ratios.values, ratios.resampled, ratios.without)]
-            for column in (base, adapter)
-        ]
+                of_base, of_adapter = ([np.exp(v) for v in one] for one in (of_base, of_adapter))
         with np.errstate(invalid="ignore"):
-            found.append([b - a for a, b in zip(*found, strict=True)])
-        estimates = [interval(float(value), drawn, rest) for value, drawn, rest in found]
+            estimates.append(_estimate([b - a for a, b in zip(of_base, of_adapter, strict=True)]))
         figures.append(
             Figure(
                 key=m.key,
@@ -79,6 +77,20 @@ def compare(measured: Sequence[Measured], *, seed: int) -> list[Figure]:
             )
         )
     return figures
+
+
+def _estimate(of: Sequence[np.ndarray]) -> Estimate:
+    value, resampled, without = of
+    return interval(float(value), resampled, without)
+
+
+def _exponential(one: Estimate) -> Estimate:
+    """e to the power of a figure and of the ends of its interval."""
+    value, low, high = (
+        None if x is None else float(np.exp(min(x, 700.0))) for x in (one.value, one.low, one.high)
+    )
+    assert value is not None
+    return Estimate(value, low, high)
 
 
 def _chance(m: Measured, seed: int) -> Chance:

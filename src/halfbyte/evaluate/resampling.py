@@ -17,6 +17,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 # Row numbers drawn at a time: 32 MB of them.
 _DRAWN_AT_ONCE = 4_000_000
+# Sums of the same numbers in another order differ by less than this share.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,15 @@ def interval(value: float, resampled: np.ndarray, without: np.ndarray) -> Estima
     ``resampled`` float64 [resamples] are the figure's values on resampled rows, ``without`` float64
     [n] those on all rows but one (Efron, 1987, "Better Bootstrap Confidence Intervals", Journal of
     the American Statistical Association 82, equations 2.3 and 6.6). The percentiles are shifted for
-    a figure that leans to one side, so that the interval of exp(x) is exp of that of x.
+    a figure whose distribution leans to one side, as that of a loss does.
     """
     rows = len(without)
     if rows < 2 or not np.isfinite(resampled).all() or _alike(resampled):
         return Estimate(value, None, None)
     normal = NormalDist()
     # The resamples that give the very value count half, of which accuracies have many.
-    below = (np.mean(resampled < value) + np.mean(resampled <= value)) / 2
+    close = _ROUNDING * abs(value)
+    below = (np.mean(resampled < value - close) + np.mean(resampled <= value + close)) / 2
     tail = (1 - LEVEL) / 2
     ends = [tail, 1 - tail]
     if 0 < below < 1:
@@ -111,4 +114,4 @@ def _corrected(share: float, shift: float, skew: float) -> float:
 def _alike(values: np.ndarray) -> bool:
     """Whether the values differ by no more than the rounding of their sums."""
     largest = float(np.abs(values).max())
-    return float(values.max() - values.min()) <= 1e-12 * max(largest, 1e-300)
+    return float(values.max() - values.min()) <= _ROUNDING * max(largest, 1e-300)
