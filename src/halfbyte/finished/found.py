@@ -13,9 +13,11 @@ from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.foreign_json import read_small
 from halfbyte.model.adapter_files import CONFIG, SavedAdapter, read_adapter
 from halfbyte.model.new_tokens import NewTokens
+from halfbyte.model.package import PREFIX
 from halfbyte.model.skeleton import build_skeleton, quantized_linears
 from halfbyte.model.source import ModelSource, open_model
 from halfbyte.model.tokenizer import LONGEST_TEMPLATE, load_tokenizer, require_usable
+from halfbyte.model.trained_rows import EMBEDDING, HEAD
 from halfbyte.model.wording import reason, some
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
@@ -108,10 +110,12 @@ def open_base(found: FoundAdapter) -> ModelSource:
 
 
 def _open(found: FoundAdapter) -> ModelSource:
-    path = Path(found.base.name).expanduser()
-    if path.is_absolute() and not path.exists():
+    name = found.base.name
+    path = Path(name).expanduser()
+    written = path.is_absolute() or name.startswith(".") or "\\" in name or name.count("/") > 1
+    if written and not name.startswith(PREFIX) and not path.exists():
         raise ModelError(
-            f"the base model of {found.folder} was {found.base.name}, which is not on this "
+            f"the base model of {found.folder} was {name}, which is not on this "
             "machine; name where it is with --base."
         )
     return open_model(found.base)
@@ -133,7 +137,10 @@ def _with_vocabulary(source: ModelSource, found: FoundAdapter) -> ModelSource:
     """``source`` with as many rows of embedding and head as the adapter was trained with."""
     text = source.config.get_text_config()
     rows = int(text.vocab_size)
-    wanted = {len(weight) for weight in found.saved.modules.values()}
+    modules = found.saved.modules
+    wanted = {
+        len(modules[name]) for name in modules if name.rpartition(".")[2] in (EMBEDDING, HEAD)
+    }
     wanted |= {max(ids) + 1 for ids in token_ids(found.saved).values() if max(ids) >= rows}
     if not wanted or wanted == {rows}:
         return source
@@ -187,7 +194,9 @@ def require_template(found: FoundAdapter, tokenizer: Any) -> None:
 
 def _require_fit(found: FoundAdapter, source: ModelSource) -> None:
     """Each layer of the adapter is one of the base's, with its shape."""
-    linears = quantized_linears(build_skeleton(source.config, source.name))
+    skeleton = build_skeleton(source.config, source.name)
+    linears, head = quantized_linears(skeleton), skeleton.get_output_embeddings()
+    linears |= {name: head for name, module in skeleton.named_modules() if module is head}
     strange = [name for name in found.saved.layers if name not in linears]
     if strange:
         raise ModelError(

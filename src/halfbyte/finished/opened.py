@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from halfbyte.errors import ModelError
+from halfbyte.finished.ends import settle_ends
 from halfbyte.finished.found import FoundAdapter, find_adapter, open_base, token_ids
 from halfbyte.model.adapter_files import SavedAdapter
 from halfbyte.model.causal import QLoRAModel
@@ -18,7 +19,7 @@ from halfbyte.model.lora import attach_saved
 from halfbyte.model.new_tokens import NewTokens
 from halfbyte.model.saved_scale import saved_scales
 from halfbyte.model.source import ModelSource
-from halfbyte.model.trained_rows import EMBEDDING, HEAD, TrainedRows, train_rows
+from halfbyte.model.trained_rows import TrainedRows, train_rows
 from halfbyte.plan.device import Device, find_device
 from halfbyte.plan.precision import choose_precision
 from halfbyte.recipe.schema import QuantizationRecipe
@@ -104,8 +105,8 @@ def _from_elsewhere(found: FoundAdapter, source: ModelSource, device: Device) ->
         compute_dtype=compute_dtype,
         rest_dtype=compute_dtype,
     )
-    saved = found.saved
-    scales, dora = saved_scales(saved), bool(saved.config.get("use_dora"))
+    scales, dora = saved_scales(found.saved), bool(found.saved.config.get("use_dora"))
+    saved = settle_ends(loaded.model, found.saved, scales)
     lora = attach_saved(loaded.model, saved.layers, scales, use_dora=dora)
     rows = _trained_rows(loaded.model, saved)
     for parameter in loaded.model.parameters():
@@ -128,23 +129,11 @@ def _free_bytes(device: Device) -> int:
 
 
 def _trained_rows(network: Any, saved: SavedAdapter) -> dict[str, TrainedRows]:
-    """Places for what the adapter has of embedding and head."""
+    """Places for what the adapter has of embedding and head, as ``settle_ends`` left it."""
     ids = token_ids(saved)
-    runs = {tuple(one) for one in ids.values()}
-    if any(one != tuple(range(one[0], one[0] + len(one))) for one in runs) or len(runs) > 1:
-        raise ModelError(
-            "the adapter has trained rows of tokens that do not follow one another, which halfbyte "
-            "does not read; merge it with PEFT's merge_and_unload."
-        )
     size = len(network.get_input_embeddings().weight)
-    new = next((NewTokens(one[0], len(one), size, size) for one in runs), None)
+    new = next((NewTokens(one[0], len(one), size, size) for one in ids.values()), None)
     leaves = {name.rpartition(".")[2] for name in saved.modules}
-    strange = leaves - {EMBEDDING, HEAD}
-    if strange:
-        raise ModelError(
-            f"the adapter has trained {', '.join(sorted(strange))} whole, which halfbyte does not "
-            "read; merge it with PEFT's merge_and_unload."
-        )
     kept = saved.modules.keys() | ids.keys()
     found = train_rows(network, new, leaves)
     return {key: rows for key, rows in found.items() if rows.name in kept}

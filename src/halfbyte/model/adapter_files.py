@@ -30,6 +30,26 @@ _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _WEIGHT = ".weight"
+# Of a module that is saved whole PEFT keeps several copies where the vocabulary was extended.
+_TRAINED_COPY, _OLD_COPY = ".modules_to_save.weight", ".original_module.weight"
+_BASE_WEIGHT = ".base_layer.weight"  # of a head or an embedding that has an adapter
+_OF_EMBEDDING = ".lora_embedding_A"
+# What PEFT saves whole, without being asked to, where the vocabulary was extended.
+_ENDS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+# Settings with which an adapter is more, or something else, than B·A beside a layer.
+_OTHER_KINDS = (
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "megatron_config",
+)
+# With these PEFT changes the base's weights when it begins, and again whenever it loads.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 # Of what is read of a configuration, what it may be.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "modules_to_save": list,
@@ -133,14 +153,19 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """The adapter in ``folder``, tensors on the CPU as stored.
 
     Raises ModelError for a missing or damaged file, for pickled weights, and for an adapter that
-    is neither LoRA nor DoRA.
+    is neither LoRA nor DoRA, or is not one of linear layers on a base model as it is.
     """
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     magnitudes = _taken(tensors, _MAGNITUDE, None)
-    token_rows = _taken(tensors, _TOKENS, config.get("trainable_token_indices") or {})
-    modules = _taken(tensors, _WEIGHT, config.get("modules_to_save") or ())
+    token_rows = _taken(tensors, _TOKENS, None)
+    modules = _modules(tensors, config.get("modules_to_save") or ())
+    if any(key.endswith(_OF_EMBEDDING) for key in tensors):
+        raise ModelError(
+            f"the adapter in {folder} has low-rank matrices of the embedding, which halfbyte does "
+            "not read; merge it with PEFT's merge_and_unload."
+        )
     for key in tensors:
         if not key.startswith(_PREFIX) or not key.endswith(_SUFFIXES):
             raise ModelError(
@@ -162,6 +187,22 @@ def read_adapter(folder: Path) -> SavedAdapter:
             "adapter is damaged."
         )
     return SavedAdapter(layers, config, magnitudes, modules, token_rows)
+
+
+def _modules(tensors: dict[str, Tensor], asked: Collection[object]) -> dict[str, Tensor]:
+    """Take the weights of modules that are saved whole: those that PEFT was asked for, which it
+    knows by the ends of their names, and embedding and head."""
+    _taken(tensors, _OLD_COPY, None)
+    bases = _taken(tensors, _BASE_WEIGHT, _ENDS)
+    found = _taken(tensors, _TRAINED_COPY, None)
+    ends = tuple(name for name in asked if isinstance(name, str) and name)
+    for key in list(tensors):
+        name = key.removeprefix(_PREFIX).removesuffix(_WEIGHT)
+        if key != f"{_PREFIX}{name}{_WEIGHT}" or key.endswith(_SUFFIXES):
+            continue
+        if _leaf(name) in _ENDS or name.endswith(ends or "\0"):
+            found[name] = tensors.pop(key)
+    return bases | found
 
 
 def _taken(
@@ -189,16 +230,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {reason(error)}.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ModelError(f"{path} is not of a LoRA adapter, the only kind that halfbyte reads.")
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        other = f" but of {_shown(kind)}" if kind is not None else ""
+        raise ModelError(
+            f"{path} is not of a LoRA adapter{other}, and halfbyte reads no other kind."
+        )
     for key, kinds in _KINDS.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kinds):
             raise ModelError(f"{path} has {key} = {_shown(value)}, which PEFT does not take.")
-    odd = []
+    odd = [key for key in _OTHER_KINDS if config.get(key)]
     if config.get("bias", "none") != "none":
         odd.append("bias")
     if odd:
         raise ModelError(f"{path} sets {', '.join(odd)}, which halfbyte's adapters do not have.")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
+        raise ModelError(
+            f"{path} has init_lora_weights = {_shown(init)}: the adapter belongs to what that left "
+            "of its base model; save it for the base as it is, with PEFT's "
+            "path_initial_model_for_weight_conversion."
+        )
     return config
 
 
