@@ -19,6 +19,7 @@ from halfbyte.errors import ModelError
 from halfbyte.export.gguf_architecture import Architecture, rope_tensor_name
 from halfbyte.export.gguf_types import WeightType
 from halfbyte.export.gguf_vocabulary import Vocabulary
+from halfbyte.model.skeleton import build_skeleton
 
 _Kind = GGMLQuantizationType
 _ENDS = ("token_embd.weight", "output.weight")
@@ -60,7 +61,13 @@ class Written:
     """``tensors``: how many are of each type; ``kept``: those whose rows fit no block of theirs."""
 
     tensors: dict[str, int]
-    kept: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    @classmethod
+    def of_file(cls, path: Path) -> Written:
+        """What llama.cpp has written there."""
+        kinds = (tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
+        return cls(dict(Counter(kinds)))
 
 
 def write_model(
@@ -83,7 +90,7 @@ def write_model(
     """
     tensors = architecture.tensors(weights.names(), described.name)
     divisors = architecture.rope_divisors()
-    shapes = _shapes(architecture, tensors, described.name)
+    kinds, shapes = _planned(architecture, tensors, type, described.name)
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type("model")
     described.add_to(writer)
@@ -91,7 +98,6 @@ def write_model(
     vocabulary.add_to(writer, chat_template)
     writer.add_file_type(int(type.number))
     writer.add_quantization_version(_QUANTIZATION_VERSION)
-    kinds = {name: _kind(name, shape, type) for name, shape in shapes.items()}
     if divisors is not None:
         _announce(writer, rope_tensor_name(), tuple(divisors.shape), _Kind.F32)
     for name, kind in kinds.items():
@@ -117,13 +123,28 @@ def write_model(
     return Written(dict(counted), tuple(n for n in kept if len(shapes[n]) > 1))
 
 
-def _shapes(
-    architecture: Architecture, tensors: Mapping[str, str], model: str
-) -> dict[str, tuple[int, ...]]:
-    from halfbyte.model.skeleton import build_skeleton
+def model_bytes(architecture: Architecture, weights: Weights, type: WeightType, name: str) -> int:
+    """About how large the file will be."""
+    tensors = architecture.tensors(weights.names(), name)
+    kinds, shapes = _planned(architecture, tensors, type, name)
+    # A vocabulary takes some 40 bytes a token.
+    return (
+        sum(_nbytes(shapes[n], k) for n, k in kinds.items()) + 64 * architecture.config.vocab_size
+    )
 
+
+def _planned(
+    architecture: Architecture, tensors: Mapping[str, str], type: WeightType, model: str
+) -> tuple[dict[str, GGMLQuantizationType], dict[str, tuple[int, ...]]]:
+    """Of each tensor the type that it is written in, and its shape."""
     state = build_skeleton(architecture.config, model).state_dict()
-    return {theirs: tuple(state[ours].shape) for theirs, ours in tensors.items()}
+    shapes = {theirs: tuple(state[ours].shape) for theirs, ours in tensors.items()}
+    return {name: _kind(name, shape, type) for name, shape in shapes.items()}, shapes
+
+
+def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * size
 
 
 def _wanted(name: str, type: WeightType) -> GGMLQuantizationType:
@@ -141,8 +162,7 @@ def _kind(name: str, shape: tuple[int, ...], type: WeightType) -> GGMLQuantizati
 def _announce(
     writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
 ) -> None:
-    block, size = GGML_QUANT_SIZES[kind]
-    nbytes = int(np.prod(shape)) // block * size
+    nbytes = _nbytes(shape, kind)
     writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
 
 

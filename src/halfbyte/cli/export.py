@@ -1,0 +1,236 @@
+"""``halfbyte export``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.errors import HalfbyteError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from halfbyte.finished.exporting import Export
+
+_MERGED = "merge the adapter (halfbyte merge DIR --out MERGED)"
+# What others write better, and how.
+_ELSEWHERE = {
+    "mlx": f"--to mlx is done by Apple's own tool: {_MERGED} and run mlx_lm.convert --hf-path "
+    "MERGED -q on a Mac (docs/exporting.md).",
+    "onnx": "--to onnx is not written here, as no exporter takes this version of transformers: "
+    f"{_MERGED} and run optimum-cli export onnx --model MERGED OUT in an environment of its own "
+    "(docs/exporting.md).",
+    "awq": "--to awq is not written by halfbyte, whose versions of torch and transformers no "
+    f"quantizer takes: {_MERGED} and run llmcompressor in an environment of its own "
+    "(docs/exporting.md).",
+    "gptq": "--to gptq is not written by halfbyte, whose versions of torch and transformers no "
+    f"quantizer takes: {_MERGED} and run llmcompressor or GPTQModel in an environment of its own "
+    "(docs/exporting.md).",
+}
+_FORMATS = ("gguf", "gguf-lora", *_ELSEWHERE)
+
+
+def export(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DIR",
+            help="Run folder, adapter in PEFT's format, or merged model [the latest run].",
+        ),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="gguf: the merged model, for llama.cpp and Ollama; gguf-lora: the adapter alone, "
+            "for llama.cpp's --lora.",
+        ),
+    ] = "gguf",
+    type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1; by llama.cpp itself: q4_k_m, "
+            "q5_k_m, q6_k and others. By default q8_0; of gguf-lora f32, f16 or bf16, by default "
+            "f32.",
+        ),
+    ] = None,
+    onto: Annotated[
+        str,
+        typer.Option(
+            metavar="WEIGHTS",
+            help="4bit: merge onto the weights that were trained; original: onto those before "
+            "they were rounded to 4 bits.",
+        ),
+    ] = "4bit",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file; by default NAME-TYPE.gguf.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where the base model is, if elsewhere.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows to check the file with, not the run's own."),
+    ] = None,
+    llama_quantize: Annotated[
+        Path | None,
+        typer.Option(metavar="PROGRAM", help="llama.cpp's llama-quantize, if not on the PATH."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write a model for llama.cpp and Ollama, and check that it is the one that was trained.
+
+    Beside FILE.gguf come FILE.json, what the check found, and FILE.Modelfile for Ollama:
+    ollama create NAME -f FILE.Modelfile
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
+    if onto not in ("4bit", "original"):
+        raise HalfbyteError(f"--onto {onto} is none of 4bit and original.")
+    if to in _ELSEWHERE:
+        raise HalfbyteError(_ELSEWHERE[to])
+    if to not in _FORMATS:
+        raise HalfbyteError(f"--to {to} is none of {', '.join(_FORMATS)}.")
+    from halfbyte.cli.display import make_console
+
+    console = make_console()
+    path = folder if folder is not None else _latest()
+    if to == "gguf-lora":
+        _export_lora(console, path, type or "f32", out, base)
+    else:
+        _export(console, path, type or "q8_0", onto, out, base, data, llama_quantize, device)
+
+
+def _latest() -> Path:
+    from halfbyte.cli.folders import run_folder
+
+    return run_folder(None)
+
+
+def _export(
+    console: Console,
+    folder: Path,
+    name: str,
+    onto: str,
+    out: Path | None,
+    base: str | None,
+    data: str | None,
+    llama_quantize: Path | None,
+    device: str,
+) -> None:
+    from halfbyte.export.gguf_types import weight_type
+    from halfbyte.export.llama_cpp import find_quantizer
+    from halfbyte.export.new_folder import require_new
+
+    type = weight_type(name)
+    quantizer = find_quantizer(llama_quantize) if type.by_llama_cpp else None
+    file = out if out is not None else _file(folder, type.name)
+    require_new(file)
+    _silence()
+    from halfbyte.finished.exporting import export_gguf, find_exportable
+
+    def exported(said: Callable[[str, int, int], None]) -> Export:
+        return export_gguf(
+            find_exportable(folder, base),
+            file,
+            type=type,
+            onto="original" if onto == "original" else "4bit",
+            quantizer=quantizer,
+            device=device,
+            data=data,
+            progress=said,
+        )
+
+    if not console.is_terminal:
+        export = exported(lambda what, done, total: None)
+    else:
+        with console.status("reading the model …") as status:
+
+            def said(what: str, done: int, total: int) -> None:
+                count = f" {done} of {total} tensors" if total > 1 else ""
+                status.update(f"{what}{count} …")
+
+            export = exported(said)
+    _print(console, export, type.name)
+
+
+def _export_lora(
+    console: Console, folder: Path, type: str, out: Path | None, base: str | None
+) -> None:
+    from halfbyte.export.gguf_lora import TYPES
+    from halfbyte.export.new_folder import require_new
+
+    if type.lower() not in TYPES:
+        raise HalfbyteError(f"--type {type} is none of {', '.join(TYPES)}, as an adapter takes.")
+    file = out if out is not None else _file(folder, f"lora-{type.lower()}")
+    require_new(file)
+    _silence()
+    from halfbyte.cli.units import bytes_text, visible
+    from halfbyte.finished.exporting import export_lora, find_exportable
+
+    alpha = export_lora(find_exportable(folder, base), file, type=type.lower())
+    size = bytes_text(file.stat().st_size)
+    _say(console, f"{visible(str(file))}  {size}, alpha {alpha:g}")
+    _say(console, f"llama-cli -m BASE.gguf --lora {visible(str(file))}")
+
+
+def _file(folder: Path, type: str) -> Path:
+    """In a run's folder where it is one, else here."""
+    from halfbyte.events.log import FILE_NAME as EVENTS_FILE
+
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", folder.resolve().name).strip("-.") or "model"
+    place = folder / "export" if (folder / EVENTS_FILE).exists() else Path()
+    return place / f"{name}-{type}.gguf"
+
+
+def _silence() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its advice is for programmers
+    logging.disable_progress_bar()
+
+
+def _print(console: Console, export: Export, type: str) -> None:
+    from halfbyte.cli.units import bytes_text, visible
+
+    check = export.check
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(export.written.tensors.items()))
+    lines = [
+        f"{visible(str(export.file))}  {bytes_text(export.nbytes)}, {type}: {kinds}",
+        f"tokens   {_tokens(check.rows, check.different)} of {visible(export.compared_on)}",
+        f"logits   {_logits(check.logits)} from the weights before {type}",
+    ]
+    if export.trained is not None:
+        lines.append(f"         {_logits(export.trained)} from the adapter in memory")
+    asked = check.llama_cpp
+    if asked is not None:
+        tokens = _tokens(check.rows, asked.different)
+        lines.append(f"llama.cpp {visible(asked.version)}: {tokens}, {_logits(asked.logits)}")
+    if export.written.kept:
+        lines.append(
+            f"{len(export.written.kept)} tensors whose rows fit no block of {type} are kept in f16"
+        )
+    lines += [f"note: {visible(note)}" for note in export.notes]
+    lines += [visible(str(path)) for path in export.beside]
+    for line in lines:
+        _say(console, line)
+
+
+def _tokens(rows: int, different: int) -> str:
+    return f"{rows} rows the same" if not different else f"{different} of {rows} rows differ"
+
+
+def _logits(found: object) -> str:
+    from halfbyte.export.agreement import Agreement
+
+    assert isinstance(found, Agreement)
+    return f"{found.kl:.1e} nats, likeliest token the same at {found.top1:.1%},"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,54 @@
+"""A file that is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfbyte.errors import RunError
+from halfbyte.export.new_folder import require_new
+from halfbyte.model.wording import reason
+
+# Left free on the disk beside what is written.
+_SPARE = 16 << 20
+
+
+@contextmanager
+def new_file(out: Path, size: int = 0) -> Iterator[Path]:
+    """Where to write what ``out`` will hold; it gets that name when the context ends well.
+
+    Whatever goes wrong, nothing is left. ``size`` is how many bytes will be there at most at once,
+    for a look at the disk beforehand. Raises RunError where ``out`` exists, where there is too
+    little room, and where nothing can be written there.
+    """
+    require_new(out)
+    partial = out.with_name(f".{out.name}.partial")
+    made = [folder for folder in out.parents if not folder.exists()]
+    whole = False
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < size + _SPARE:
+            raise RunError(
+                f"{out} will take {(size + _SPARE) / 1e9:.2f} GB, and its disk has "
+                f"{free / 1e9:.2f} GB free: make room, or name an --out on another disk."
+            )
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        require_new(out)
+        os.replace(partial, out)
+        whole = True
+    except OSError as error:
+        raise RunError(
+            f"{out} could not be written ({reason(error)}), and nothing of it is kept; make room, "
+            "or name another --out."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+        for folder in made if not whole else []:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
