@@ -105,6 +105,7 @@ def open_base(found: FoundAdapter) -> ModelSource:
     if written is not None:
         source.tokenizer.chat_template = written
     require_usable(source.tokenizer, f"the adapter in {found.folder}")
+    _require_rows(found, source)
     _require_fit(found, source)
     return replace(source, chat_template=base_template)
 
@@ -189,6 +190,19 @@ def require_template(found: FoundAdapter, tokenizer: Any) -> None:
         raise ModelError(
             f"neither the adapter in {found.folder} nor its base model has a chat template, so "
             f"nothing says how it is prompted; put the one that was trained there as {TEMPLATE}."
+        )
+
+
+def _require_rows(found: FoundAdapter, source: ModelSource) -> None:
+    """Each token has a row of the embedding, but for one that only fills up batches."""
+    rows = int(source.config.get_text_config().vocab_size)
+    tokenizer = source.tokenizer
+    ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
+    if found.run is None and max(ids) >= rows:
+        raise ModelError(
+            f"the tokenizer in {found.adapter} has {max(ids) + 1:,} tokens, and {source.name} has "
+            f"{rows:,} rows of embedding, of which the adapter adds none; save it again with "
+            "PEFT's save_embedding_layers=True, or name another base model with --base."
         )
 
 
