@@ -215,7 +215,7 @@ def test_merged_models_and_gguf_files(run: Path, hub: Repositories, tmp_path: Pa
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (merged / name).write_bytes(b'{"_name_or_path": "/home/somebody/x"}')
     (merged / "pytorch_model.bin").write_bytes(b"no")
-    assert "has no README.md" in push(merged, code=2)
+    assert "there is no" in push(merged, code=2)
     assert "a short card was made" in push(merged, "--base", BASE)
     sent = hub.files(REPO)
     assert sent.keys() == {".gitattributes", "README.md", *("config.json", "model.safetensors"),
@@ -224,12 +224,23 @@ def test_merged_models_and_gguf_files(run: Path, hub: Repositories, tmp_path: Pa
     card = ModelCard(sent["README.md"].decode())
     assert (card.data.base_model, card.data.library_name) == (BASE, "transformers")
 
-    for name in ("a.gguf", "b.gguf", "Modelfile"):
-        (merged / name).write_bytes(name.encode())
-    (merged / "README.md").write_text("# A model\n\n```sh\nllama-cli -m a.gguf\n```\n")
+    # Of a folder that may hold anything one GGUF file takes along what its export left.
+    for name in ("a.gguf", "b.gguf", "a.Modelfile", "b.Modelfile", "b.json"):
+        (merged / name).write_bytes(b"{}")
+    record = {"base": BASE, "type": "q8_0", "compared_on": {"source": "chatdoctor.json"}}
+    (merged / "a.json").write_text(json.dumps(record))
+    (merged / "README.md").write_text("# My project\n")
+    assert "a short one was made" in push(merged / "a.gguf", repo="org/one")
+    sent = hub.files("org/one")
+    assert sent.keys() - {".gitattributes"} == {"README.md", "a.gguf", "a.json", "a.Modelfile"}
+    text = sent["README.md"].decode()
+    assert ModelCard(text).data.base_model_relation == "quantized"
+    for said in ("hf download org/one", "-f a.Modelfile", "| weights | q8\\_0 |", "no medical"):
+        assert said in text
+    (merged / "a.md").write_text("---\ntags: [gguf]\n---\n\n# Mine\n")
     push(merged / "a.gguf", repo="org/one")
-    assert hub.files("org/one").keys() - {".gitattributes"} == {"README.md", "Modelfile", "a.gguf"}
-    assert "hf download org/one" in hub.files("org/one")["README.md"].decode()
+    assert ModelCard(hub.files("org/one")["README.md"].decode()).text.strip() == "# Mine"
     push(merged, "--what", "gguf", repo="org/both")
-    assert {"a.gguf", "b.gguf"} <= hub.files("org/both").keys()
+    assert {"a.gguf", "b.gguf", "a.json", "b.json"} <= hub.files("org/both").keys()
     assert "model.safetensors" not in hub.files("org/both")
+    assert hub.files("org/both")["README.md"] == b"# My project\n"

@@ -11,7 +11,7 @@ import typer
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
-    from halfbyte.finished.parcel import Parcel, What
+    from halfbyte.finished.parcel_files import Parcel, What
     from halfbyte.finished.pushing import Sent
 
 _HEAD_LINES = 40

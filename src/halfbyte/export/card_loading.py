@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Literal
 
 from halfbyte.export.card_text import clean, fenced, hub_name, public_name
@@ -102,10 +103,10 @@ def _merged(place: str | None) -> list[str]:
 
 
 def _gguf(place: str | None, file: str) -> list[str]:
-    named = file if file.replace(".", "").replace("-", "").replace("_", "").isalnum() else _q(file)
-    lines = [f"llama-cli -m {named} --jinja -cnv", "ollama create my-model -f Modelfile"]
+    modelfile = file.removesuffix(".gguf") + ".Modelfile"
+    lines = [f"llama-cli -m {_q(file)} --jinja -cnv", f"ollama create NAME -f {_q(modelfile)}"]
     return [
-        "With llama.cpp, or with Ollama where a `Modelfile` lies beside the file:",
+        "With llama.cpp, or with Ollama by the Modelfile beside it:",
         "",
         *fenced(_fetched(place) + "\n".join(lines), "sh"),
     ]
@@ -129,6 +130,4 @@ def _text(text: str) -> str:
 
 
 def _q(text: str) -> str:
-    import shlex
-
     return shlex.quote(clean(text))

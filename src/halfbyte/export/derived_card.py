@@ -121,11 +121,19 @@ def _from_files(
     return _plain(kind, base, pairs, place, file, read_licence(found.adapter), medical)
 
 
-def bare_card(kind: DerivedKind, base: str, folder: Path, place: str, file: str | None) -> str:
-    """The card of a model in ``folder`` of which nothing is known but its base model."""
+def bare_card(
+    kind: DerivedKind,
+    base: str,
+    facts: Mapping[str, str],
+    subject: str,
+    place: str,
+    file: str | None,
+) -> str:
+    """The card of a model of which little is known but its base model; ``subject`` are words that
+    may speak of medicine."""
     pairs = [("base model", escape(public_name(base)))]
-    medical = is_medical(f"{base} {folder.resolve().name} {file or ''}")
-    return _plain(kind, base, pairs, place, file, None, medical)
+    pairs += [(escape(name), escape(value)) for name, value in facts.items()]
+    return _plain(kind, base, pairs, place, file, None, is_medical(f"{base} {subject}"))
 
 
 def _plain(

@@ -9,49 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from halfbyte.errors import RunError
 from halfbyte.events import read_events
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import Artifact
-from halfbyte.export.card_loading import with_place
-from halfbyte.export.card_metadata import on_base
 from halfbyte.export.card_text import hub_name
-from halfbyte.export.derived_card import bare_card, derived_card
+from halfbyte.export.derived_card import derived_card
 from halfbyte.finished.found import find_adapter
-from halfbyte.foreign_json import read_json, read_small
+from halfbyte.finished.parcel_files import (
+    CARD,
+    Parcel,
+    What,
+    chosen_files,
+    inside,
+    is_text,
+    own_card,
+)
+from halfbyte.finished.parcel_model import pack_gguf, pack_model
+from halfbyte.foreign_json import read_json
 from halfbyte.model.adapter_files import CONFIG
 from halfbyte.redaction import redact
 
-What = Literal["adapter", "model", "gguf"]
-
-CARD = "README.md"
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "base_chat_template.jinja",
-)
-_PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_SENT: dict[What, tuple[str, ...]] = {
-    "adapter": ("adapter_config.json", "adapter_model.safetensors", *_TOKENIZER, *_PAPERS),
-    "model": (
-        *("config.json", "generation_config.json", "merge.json"),
-        *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-        *_TOKENIZER,
-        *_PAPERS,
-    ),
-    "gguf": ("*.gguf", "*.gguf.json", "Modelfile", *_PAPERS),
-}
 _REPORT = ("report.html", "report.md", "report.pdf", "plots/*.png", "plots/*.svg")
 # Texts that a person or a program of ours writes, and that are looked at for secrets.
 _LOOKED_AT = (".json", ".jinja", ".md", ".html", "Modelfile")
@@ -59,30 +41,6 @@ _WITH_PATHS = ("config.json", "tokenizer_config.json")
 _PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 _RECORDS = ("merge.json",)
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # tens of megabytes of words
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """What would be sent: each file's name there, and its path here or its content."""
-
-    what: What
-    folder: Path
-    files: dict[str, Path | bytes]
-    left: list[str] = field(default_factory=list)  # names of what lies there and is not sent
-    said: list[str] = field(default_factory=list)  # sentences for whoever sends it
-
-    @property
-    def card(self) -> str:
-        """The model card as it is sent."""
-        content = self.files[CARD]
-        return content.decode() if isinstance(content, bytes) else content.read_text("utf-8")
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        return {
-            name: len(content) if isinstance(content, bytes) else content.stat().st_size
-            for name, content in self.files.items()
-        }
 
 
 def pack(
@@ -103,7 +61,12 @@ def pack(
     kind = _kind(path, what)
     if report and not (path / EVENTS_FILE).exists():
         raise RunError(f"--report sends the report of a run, and {path} is none; leave it out.")
-    packed = _adapter(path, repo, base) if kind == "adapter" else _model(path, repo, kind, base)
+    if kind == "adapter":
+        packed = _adapter(path, repo, base)
+    elif kind == "model":
+        packed = pack_model(path, repo, base)
+    else:
+        packed = pack_gguf(path, repo, base)
     parcel = _without_paths(packed)
     if report:
         parcel = _with_report(parcel, path)
@@ -147,7 +110,7 @@ def _kinds(path: Path) -> list[What]:
 
 def _adapter(path: Path, repo: str, base: str | None) -> Parcel:
     found = find_adapter(path, base)
-    files, left = _chosen(found.adapter, "adapter")
+    files, left = chosen_files(found.adapter, "adapter")
     said = []
     config = dict(found.saved.config)
     named = config.get("base_model_name_or_path")
@@ -162,54 +125,20 @@ def _adapter(path: Path, repo: str, base: str | None) -> Parcel:
         said.append(f"{CONFIG} and the card name the base model {base}.")
     card = found.adapter / CARD
     made_here = found.run is not None and _is_as_written(found.run, card)
-    if made_here or not _is_text(card):
+    if made_here or not is_text(card):
         files[CARD] = derived_card(found, "adapter", {}, place=repo).encode()
         if found.run is None:
             said.append(f"It had no {CARD}, so that a card was made of its files.")
     else:
-        files[CARD] = _own_card(_inside(card, found.adapter), repo, base or str(named))
+        files[CARD] = own_card(inside(card, found.adapter), repo, base or str(named))
     if found.run is not None:
         left += sorted(p.name for p in found.run.iterdir() if p != found.adapter)
     return Parcel("adapter", path, dict(sorted(files.items())), left, said)
 
 
-def _model(path: Path, repo: str, kind: What, base: str | None) -> Parcel:
-    folder = path if path.is_dir() else path.parent
-    files, left = _chosen(folder, kind)
-    if path.is_file():  # this one alone of its folder
-        others = [n for n in files if n.endswith((".gguf", ".gguf.json"))]
-        for name in others:
-            if name not in (path.name, f"{path.name}.json"):
-                left.append(name)
-                del files[name]
-    card, said = folder / CARD, []
-    if _is_text(card):
-        files[CARD] = _own_card(_inside(card, folder), repo, base)
-    elif base is None:
-        raise RunError(
-            f"{folder} has no {CARD}, and a model without a card tells nobody what it is; write "
-            "one there, or name its base model with --base, so that a short one can be made."
-        )
-    else:
-        file = next((name for name in files if name.endswith(".gguf")), None)
-        made = bare_card("merge" if kind == "model" else "quantized", base, folder, repo, file)
-        files[CARD] = made.encode()
-        said.append(f"It had no {CARD}, so that a short card was made.")
-    return Parcel(kind, path, dict(sorted(files.items())), left, said)
-
-
-def _own_card(card: Path, repo: str, base: str | None) -> bytes:
-    """A card as it lies there, for the repository ``repo`` and on the base model ``base``."""
-    try:
-        text = read_small(card).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{card} cannot be read as text ({error}); mend or remove it.") from error
-    return with_place(on_base(text, base, card), repo).encode()
-
-
 def _is_as_written(run: Path, card: Path) -> bool:
     """Whether the card is the one that the run wrote, and nobody has changed it since."""
-    if not _is_text(card):
+    if not is_text(card):
         return False
     digest = hashlib.sha256(card.read_bytes()).hexdigest()
     artifacts = [r.event for r in read_events(run) if isinstance(r.event, Artifact)]
@@ -217,43 +146,11 @@ def _is_as_written(run: Path, card: Path) -> bool:
     return written[-1:] == [digest]
 
 
-def _is_text(card: Path) -> bool:
-    return card.is_file() and bool(card.read_text("utf-8", errors="replace").strip())
-
-
-def _chosen(folder: Path, kind: What) -> tuple[dict[str, Path | bytes], list[str]]:
-    """The files of ``kind`` in ``folder`` by name, and the names of the others there."""
-    files: dict[str, Path | bytes] = {}
-    left = []
-    for path in sorted(folder.iterdir()):
-        if path.name == CARD:
-            continue
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _SENT[kind]):
-            files[path.name] = _inside(path, folder)
-        else:
-            left.append(path.name)
-    return files, left
-
-
-def _inside(path: Path, folder: Path) -> Path:
-    """``path``, unless it is a link to what lies elsewhere, which a folder of a stranger may have.
-
-    The hub client's cache has links into a folder beside, named ``blobs``.
-    """
-    real, home = path.resolve(), folder.resolve()
-    if not real.is_relative_to(home) and real.parent != home.parent.parent / "blobs":
-        raise RunError(
-            f"{path} is a link to a file outside of its folder, which is not sent; copy the file "
-            "there, or remove the link."
-        )
-    return path
-
-
 def _with_report(parcel: Parcel, run: Path) -> Parcel:
     found: dict[str, Path | bytes] = {}
     for pattern in _REPORT:
         for path in sorted(run.glob(pattern)):
-            found[path.relative_to(run).as_posix()] = _inside(path, run)
+            found[path.relative_to(run).as_posix()] = inside(path, run)
     if "report.html" not in found:
         raise RunError(f"{run} has no report; make it with halfbyte report {run}.")
     said = ["The report goes with it, and shows rows of the data to whoever may read there."]
@@ -265,7 +162,7 @@ def _without_paths(parcel: Parcel) -> Parcel:
     """Without the paths of this machine that tokenizers and records keep: their last part stays."""
     files, said = dict(parcel.files), list(parcel.said)
     for name, content in parcel.files.items():
-        ours = name in _RECORDS or name.endswith(".gguf.json")
+        ours = name in _RECORDS or (parcel.what == "gguf" and name.endswith(".json"))
         if not isinstance(content, Path) or not (ours or name in _WITH_PATHS):
             continue
         try:

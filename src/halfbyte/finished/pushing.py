@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from halfbyte.errors import RunError
-from halfbyte.finished.parcel import Parcel
+from halfbyte.finished.parcel_files import Parcel
 from halfbyte.mirror.hub_request import HubRequests
 from halfbyte.mirror.target import MirrorError
 from halfbyte.redaction import redact
