@@ -43,7 +43,7 @@ def print_results(console: Console, results: Results, written: Sequence[Path]) -
         console.print(Text(visible(f"{note[:1].upper()}{note[1:]}"), "dim"))
     if len(results.figures) > 1:
         text = (
-            "Intervals hold 95 % of what other rows would give. Real: chance gives such a "
+            "In brackets: 95 % intervals, by resampling the rows. Real: chance alone gives such a "
             "difference less than once in twenty times."
         )
         console.print(Text(text, "dim"))

@@ -109,7 +109,10 @@ def open_bert(name: str, layer: int | None = None) -> BertScorer:
                 "of the BERT kind in safetensors."
             )
     from transformers import AutoModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
         model = AutoModel.from_pretrained(
@@ -125,6 +128,9 @@ def open_bert(name: str, layer: int | None = None) -> BertScorer:
         raise ModelError(f"the model {name} for BERTScore cannot be read: {reason(error)}.") from (
             error
         )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     layers = int(getattr(model.config, "num_hidden_layers", 0))
     if layers < 1 or tokenizer.pad_token_id is None:
         raise ModelError(f"{name} is no model of the BERT kind, which BERTScore takes.")
