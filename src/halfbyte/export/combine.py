@@ -44,8 +44,8 @@ def combine_layer(
     """One layer of the combination, of which the factor is 1.
 
     ``parts`` are A [r, in] and B [out, r] of each adapter with its factor, None where it has none
-    of this layer; ``generator``, of the CPU, is drawn from for DARE. ``rank`` may be None for
-    ``linear`` alone. Raises ValueError for no part at all.
+    of this layer; ``generator``, of the CPU, is drawn from for DARE. ``rank`` is by
+    default the sum of theirs. Raises ValueError for no part at all.
     """
     there = [(part, w) for part, w in zip(parts, weights, strict=True) if part is not None]
     if not there:
@@ -65,7 +65,7 @@ def combine_layer(
     mixed = (
         (deltas * factors).sum(0) if method == "dare_linear" else mean_of_elected(deltas, factors)
     )
-    return low_rank(mixed, rank or max(len(pair[0]) for (pair, _), _ in there))
+    return low_rank(mixed, rank or sum(len(pair[0]) for (pair, _), _ in there))
 
 
 def keep_largest(delta: Tensor, density: float) -> Tensor:

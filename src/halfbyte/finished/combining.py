@@ -76,6 +76,8 @@ def combine_adapters(
     scales = [saved_scales(found.saved) for found in adapters]
     linears = quantized_linears(build_skeleton(source.config, source.name))
     names = [n for n in linears if any(n in found.saved.layers for found in adapters)]
+    if rank is None and method != "linear":
+        rank = max(max(_ranks(found.saved).values()) for found in adapters)
     made: dict[str, Factors] = {}
     for number, name in enumerate(names):
         parts = [
