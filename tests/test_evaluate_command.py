@@ -194,6 +194,26 @@ def test_an_adapter_from_elsewhere(
     assert results_in(tmp_path / "out")["figures"] == results["figures"]
 
 
+def test_rows_that_are_hard_to_judge(run: Path, tmp_path: Path) -> None:
+    """Half a character, an empty answer, one beyond what the model takes, markup."""
+    rows = write_lines(
+        tmp_path / "hard.jsonl",
+        {"instruction": "Half \ud83d of one.", "output": "It \ud83d is."},
+        {"instruction": "Nothing.", "output": ""},
+        {"instruction": "Long. " * 90, "output": "Short."},
+        {"instruction": "Mark [bold]up[/bold] \u001b[2J.", "output": "**x** \u001b[2J"},
+        {"instruction": "Fine.", "output": "Fine."},
+    )
+    words = ("evaluate", run, "--data", rows, "--max-new-tokens", 3, "--out", tmp_path / "out")
+    shown = halfbyte(*words).output
+    found = rows_in(tmp_path / "out")
+    assert [row["row"] for row in found if row["reference"] == "Fine."] == [4]
+    assert 1 not in [row["row"] for row in found]
+    assert "\x1b" not in shown
+    assert "come out too narrow" in shown
+    assert "were cut off at 3 tokens" in " ".join(shown.split())
+
+
 def test_nothing_half_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from halfbyte.finished import judged_files
 

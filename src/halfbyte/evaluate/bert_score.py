@@ -23,6 +23,7 @@ from halfbyte.model.plausible import require_plausible
 from halfbyte.model.wording import reason
 
 _TEXTS_AT_ONCE = 16
+_PAIRS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,16 @@ class BertScorer:
         tokens may be matched and are not averaged over, as in ``bert-score``.
         """
         pairs = list(zip(answers, references, strict=True))
-        texts = sorted({text for pair in pairs for text in pair if text.strip()}, key=len)
-        states = self._states(texts)
-        return [
-            _greedy_f1(states[one], states[other]) if one in states and other in states else 0.0
-            for one, other in pairs
-        ]
+        found: list[float] = []
+        for begin in range(0, len(pairs), _PAIRS_AT_ONCE):  # the states of all would be gigabytes
+            some = pairs[begin : begin + _PAIRS_AT_ONCE]
+            texts = sorted({text for pair in some for text in pair if text.strip()}, key=len)
+            states = self._states(texts)
+            found += [
+                _greedy_f1(states[one], states[other]) if one in states and other in states else 0.0
+                for one, other in some
+            ]
+        return found
 
     @torch.no_grad()
     def _states(self, texts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ import numpy as np
 import halfbyte
 from halfbyte.data.example import Example
 from halfbyte.data.template import reference
+from halfbyte.data.tokenize import whole_characters
 from halfbyte.errors import DataError, ModelError
 from halfbyte.evaluate.answer_scores import score_answers
 from halfbyte.evaluate.bert_score import BertScorer
@@ -26,6 +27,7 @@ from halfbyte.finished.choices import Question, choice_rows, likelihoods
 from halfbyte.finished.opened import OpenedAdapter
 from halfbyte.finished.rows import HeldOut
 from halfbyte.generate.answer import Answer, answer
+from halfbyte.generate.prompt import prompt_ids
 from halfbyte.model.source import context_length
 
 BASE, ADAPTER = "base", "adapter"
@@ -245,7 +247,13 @@ def _judge_answers(
     """Greedy answers, how near they come to the references, and how they look."""
     assert asked.max_new_tokens is not None
     prompts = [held_out.template.prompt(row) for row in rows]
-    references = [reference(row) for row in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if not prompt.strip() and not prompt_ids(opened.tokenizer, prompt):
+            raise DataError(
+                f"{held_out.source}, {row.at}: the prompt is empty, so that nothing can be "
+                "answered; take the row out, or judge by losses alone with --no-generate."
+            )
+    references = [whole_characters(reference(row)) for row in rows]
     fallbacks: list[str] = []
     given: dict[str, list[Answer]] = {}
     for who in (BASE, ADAPTER):
