@@ -228,15 +228,26 @@ def test_merged_models_and_gguf_files(run: Path, hub: Repositories, tmp_path: Pa
     for name in ("a.gguf", "b.gguf", "a.Modelfile", "b.Modelfile", "b.json"):
         (merged / name).write_bytes(b"{}")
     record = {"base": BASE, "type": "q8_0", "compared_on": {"source": "chatdoctor.json"}}
+    record |= {"notes": ["there is no /home/somebody/rows.jsonl; see a/b and hf://org/x/y"]}
     (merged / "a.json").write_text(json.dumps(record))
     (merged / "README.md").write_text("# My project\n")
     assert "a short one was made" in push(merged / "a.gguf", repo="org/one")
     sent = hub.files("org/one")
     assert sent.keys() - {".gitattributes"} == {"README.md", "a.gguf", "a.json", "a.Modelfile"}
+    assert json.loads(sent["a.json"]) == record | {
+        "notes": ["there is no rows.jsonl; see a/b and hf://org/x/y"]
+    }
     text = sent["README.md"].decode()
     assert ModelCard(text).data.base_model_relation == "quantized"
     for said in ("hf download org/one", "-f a.Modelfile", "| weights | q8\\_0 |", "no medical"):
         assert said in text
+    exported = run / "export"
+    exported.mkdir()
+    shutil.copy(merged / "a.gguf", exported / "it.gguf")
+    said = push(run, "--what", "gguf", "--base", BASE, "--dry-run")
+    assert "name: held-out loss" in said  # the run's own card
+    assert "it.gguf" in said
+    shutil.rmtree(exported)
     (merged / "a.md").write_text("---\ntags: [gguf]\n---\n\n# Mine\n")
     push(merged / "a.gguf", repo="org/one")
     assert ModelCard(hub.files("org/one")["README.md"].decode()).text.strip() == "# Mine"

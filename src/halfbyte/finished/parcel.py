@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from halfbyte.finished.parcel_files import (
     is_text,
     own_card,
 )
-from halfbyte.finished.parcel_model import pack_gguf, pack_model
+from halfbyte.finished.parcel_model import gguf_folder, pack_gguf, pack_model
 from halfbyte.foreign_json import read_json
 from halfbyte.model.adapter_files import CONFIG
 from halfbyte.redaction import redact
@@ -40,6 +41,7 @@ _LOOKED_AT = (".json", ".jinja", ".md", ".html", "Modelfile")
 _WITH_PATHS = ("config.json", "tokenizer_config.json")
 _PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 _RECORDS = ("merge.json",)
+_FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:;,]+/)*(?=[^\s/:;,])")  # of a path from the root
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # tens of megabytes of words
 
 
@@ -103,7 +105,7 @@ def _kinds(path: Path) -> list[What]:
         found.append("adapter")
     elif (path / "config.json").exists() and any(path.glob("model*.safetensors")):
         found.append("model")
-    if any(path.glob("*.gguf")):
+    if any(gguf_folder(path).glob("*.gguf")):
         found.append("gguf")
     return found
 
@@ -181,7 +183,9 @@ def _shortened(value: Any, anywhere: bool, key: str = "") -> Any:
         return {k: _shortened(inside, anywhere, str(k)) for k, inside in value.items()}
     if isinstance(value, list):
         return [_shortened(inside, anywhere, key) for inside in value]
-    if isinstance(value, str) and (anywhere or key in _PATH_KEYS) and Path(value).is_absolute():
+    if isinstance(value, str) and anywhere:
+        return _FOLDERS.sub("", value)
+    if isinstance(value, str) and key in _PATH_KEYS and Path(value).is_absolute():
         return Path(value).name
     return value
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import RunError
+from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.export.card_metadata import read_metadata
 from halfbyte.export.card_text import hub_name
-from halfbyte.export.derived_card import bare_card
+from halfbyte.export.derived_card import bare_card, derived_card
+from halfbyte.finished.found import find_adapter
 from halfbyte.finished.parcel_files import CARD, Parcel, chosen_files, inside, is_text, own_card
 from halfbyte.foreign_json import read_json
 
+EXPORTS = "export"  # in a run folder
 _BESIDE = (".json", ".Modelfile")  # that an export leaves beside a GGUF file
 _OF_A_CARD = ("base_model", "library_name", "license", "pipeline_tag", "tags")
 
@@ -30,13 +33,20 @@ def pack_model(folder: Path, repo: str, base: str | None) -> Parcel:
     return Parcel("model", folder, dict(sorted(files.items())), left, said)
 
 
+def gguf_folder(folder: Path) -> Path:
+    """``folder``, or of a run without GGUF files of its own the folder of its exports."""
+    below = folder / EXPORTS
+    return below if any(below.glob("*.gguf")) and not any(folder.glob("*.gguf")) else folder
+
+
 def pack_gguf(path: Path, repo: str, base: str | None) -> Parcel:
     """One GGUF file, or all in a folder, each with the record and the Modelfile beside it.
 
     The card is ``FILE.md`` beside a single ``FILE.gguf``, or the folder's; where there is none, one
-    is made of the record of the export. Raises RunError where that says no base model.
+    is made, of the run where the folder is that of its exports, else of the export's record.
+    Raises RunError where that says no base model.
     """
-    folder = path if path.is_dir() else path.parent
+    folder = gguf_folder(path) if path.is_dir() else path.parent
     files, left = chosen_files(folder, "gguf")
     names = [name for name in files if name.endswith(".gguf")]
     if path.is_file():  # this one alone of its folder
@@ -55,6 +65,11 @@ def pack_gguf(path: Path, repo: str, base: str | None) -> Parcel:
     card = _card_of(path, folder, stems)
     if card is not None:
         files[CARD] = own_card(inside(card, folder), repo, base)
+    elif folder.name == EXPORTS and (folder.parent / EVENTS_FILE).exists():
+        found = find_adapter(folder.parent, base)
+        facts = _facts(_record(folder / f"{stems[0]}.json"))
+        card_text = derived_card(found, "quantized", facts, place=repo, file=names[0])
+        files[CARD] = card_text.encode()
     else:
         record = _record(folder / f"{stems[0]}.json")
         stated = record.get("base")
