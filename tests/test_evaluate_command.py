@@ -136,6 +136,7 @@ def test_the_report_has_a_part_on_it(run: Path, tmp_path: Path) -> None:
     assert row[1].startswith(f"{loss['base']['value']:.3f} (")
     assert row[-1] == loss["difference"]["words"]
     assert "Judged on held-out rows" in (run / "report.md").read_text(encoding="utf-8")
+    assert "of an earlier adapter" not in page.text
 
     # Whatever stands in the file, a report is made of it, or the reason said; nothing is obeyed.
     copy = tmp_path / "run"
@@ -150,6 +151,9 @@ def test_the_report_has_a_part_on_it(run: Path, tmp_path: Path) -> None:
     text = make_report(copy).html.read_text(encoding="utf-8")
     assert "<script>alert" not in text
     assert "<q>" not in text
+    whole["about"]["adapter_sha256"] = "0" * 64  # the run went on after it was judged
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    assert "are of an earlier adapter of this run" in read_page(make_report(copy).html).text
     for broken in ("{", "[]", '{"format": 1}', '{"format": 9}', json.dumps(whole | {"wins": [1]})):
         path.write_text(broken, encoding="utf-8")
         assert "evaluation/results.json cannot be read" in read_page(make_report(copy).html).text

@@ -64,6 +64,7 @@ def _print_about(console: Console, results: Results) -> None:
         ("base", f"{about.get('base')}, in 4 bits, without the adapter"),
         ("judged by", rows),
     )
+    console.print()
     for label, text in lines:
         console.print(Text.assemble((f"{label:<{_LABEL}}", "bold"), visible(text)), soft_wrap=True)
 

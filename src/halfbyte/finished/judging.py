@@ -13,6 +13,7 @@ import numpy as np
 import halfbyte
 from halfbyte.data.example import Example
 from halfbyte.data.template import reference
+from halfbyte.data.text_file import sha256_of
 from halfbyte.data.tokenize import whole_characters
 from halfbyte.errors import DataError, ModelError
 from halfbyte.evaluate.answer_scores import score_answers
@@ -28,6 +29,7 @@ from halfbyte.finished.opened import OpenedAdapter
 from halfbyte.finished.rows import HeldOut
 from halfbyte.generate.answer import Answer, answer
 from halfbyte.generate.prompt import prompt_ids
+from halfbyte.model.adapter_files import WEIGHTS
 from halfbyte.model.source import context_length
 
 BASE, ADAPTER = "base", "adapter"
@@ -102,6 +104,7 @@ def judge(
     results = Results(
         about={
             "adapter": str(opened.folder),
+            "adapter_sha256": sha256_of(opened.found.adapter / WEIGHTS),
             "base": opened.source.name,
             "data": held_out.source,
             "rows": len(rows),
@@ -137,25 +140,30 @@ def _as(opened: OpenedAdapter, who: str) -> Iterator[None]:
         yield
 
 
+def _both(
+    hear: Callable[[int, int], None], rows: int
+) -> Iterator[tuple[str, Callable[[int], None]]]:
+    """Base and adapter, each with a function that hears how many of its ``rows`` are done."""
+    yield BASE, lambda done: hear(done, 2 * rows)
+    yield ADAPTER, lambda done: hear(rows + done, 2 * rows)
+
+
 def _judge_losses(
     opened: OpenedAdapter, held_out: HeldOut, found: _Found, phase: Phase
 ) -> list[int]:
     """Losses and likeliest tokens; returns the places of the rows that have something to judge."""
     owner, count = np.asarray(held_out.row_of, dtype=np.int64), len(held_out.rows)
     of: dict[str, RowLosses] = {}
-    for who in (BASE, ADAPTER):
-        with phase(f"loss, {who}") as hear, _as(opened, who):
-            pieces = row_losses(
-                opened.qlora,
-                held_out.pieces,
-                after_batch=lambda done: hear(done, len(held_out.pieces)),
-            )
-        if not np.isfinite(pieces.loss).all():
-            raise ModelError(
-                f"the {who} gives a loss that is no finite number, so that it cannot be judged: it "
-                "is broken, or overflows in this precision."
-            )
-        of[who] = pieces.summed(owner, count)
+    with phase("loss") as hear:
+        for who, tell in _both(hear, len(held_out.pieces)):
+            with _as(opened, who):
+                pieces = row_losses(opened.qlora, held_out.pieces, after_batch=tell)
+            if not np.isfinite(pieces.loss).all():
+                raise ModelError(
+                    f"the {who} gives a loss that is no finite number, so that it cannot be "
+                    "judged: it is broken, or overflows in this precision."
+                )
+            of[who] = pieces.summed(owner, count)
     base, adapter = of[BASE], of[ADAPTER]
     kept = np.flatnonzero(base.labels)
     if not len(kept):
@@ -256,23 +264,24 @@ def _judge_answers(
     references = [whole_characters(reference(row)) for row in rows]
     fallbacks: list[str] = []
     given: dict[str, list[Answer]] = {}
-    for who in (BASE, ADAPTER):
-        begun: set[int] = set()
-        with phase(f"answers, {who}") as hear, _as(opened, who):
+    with phase("answers") as hear:
+        for who, tell in _both(hear, len(rows)):
+            begun: set[int] = set()
 
-            def on_text(row: int, _: str, begun: set[int] = begun, hear: Any = hear) -> None:
+            def on_text(row: int, _: str, begun: set[int] = begun, tell: Any = tell) -> None:
                 if row not in begun:
                     begun.add(row)
-                    hear(len(begun), len(rows))
+                    tell(len(begun))
 
-            given[who] = answer(
-                opened.model,
-                opened.tokenizer,
-                prompts,
-                max_new_tokens=asked.max_new_tokens,
-                on_text=on_text,
-                on_fallback=fallbacks.append,
-            )
+            with _as(opened, who):
+                given[who] = answer(
+                    opened.model,
+                    opened.tokenizer,
+                    prompts,
+                    max_new_tokens=asked.max_new_tokens,
+                    on_text=on_text,
+                    on_fallback=fallbacks.append,
+                )
     texts = {who: [one.text.strip() for one in given[who]] for who in given}
     wanted = [text.strip() for text in references]
     with phase("scores"):
@@ -345,15 +354,14 @@ def _judge_choices(
     rows = choice_rows(questions, held_out.template, opened.tokenizer, longest)
     answers = np.array([question.answer for question in questions])
     right: dict[str, dict[bool, np.ndarray]] = {}
-    for who in (BASE, ADAPTER):
-        with phase(f"choices, {who}") as hear, _as(opened, who):
-            likely = likelihoods(
-                opened.qlora, questions, rows, after_batch=lambda done: hear(done, len(rows))
-            )
-        right[who] = {
-            by_token: (likely.chosen(by_token=by_token) == answers).astype(float)
-            for by_token in (False, True)
-        }
+    with phase("choices") as hear:
+        for who, tell in _both(hear, len(rows)):
+            with _as(opened, who):
+                likely = likelihoods(opened.qlora, questions, rows, after_batch=tell)
+            right[who] = {
+                by_token: (likely.chosen(by_token=by_token) == answers).astype(float)
+                for by_token in (False, True)
+            }
     guessed = float(np.mean([1 / len(question.choices) for question in questions]))
     found.notes.append(f"Guessing is right in {100 * guessed:.1f} % of the questions with choices.")
     return [

@@ -28,6 +28,13 @@ def judged(story: Story) -> list[Block]:
     if isinstance(found, str):
         return [Heading(TITLE), Paragraph(f"{found}; make it again with halfbyte evaluate.")]
     blocks: list[Block] = [Heading(TITLE), Paragraph(_what(found))]
+    if _is_of_another(story, found):
+        blocks.append(
+            Paragraph(
+                "The figures are of an earlier adapter of this run, and not of the one that it has "
+                "now; make them again with halfbyte evaluate."
+            )
+        )
     for group, title in GROUPS.items():
         some = [figure for figure in found.figures if figure.group == group]
         if some:
@@ -39,6 +46,13 @@ def judged(story: Story) -> list[Block]:
     blocks += [Paragraph(f"{note[:1].upper()}{note[1:]}") for note in found.notes]
     blocks.append(Paragraph(_how(found)))
     return blocks
+
+
+def _is_of_another(story: Story, found: Results) -> bool:
+    """Whether the run has gone on since, so that its adapter is another one now."""
+    weights = [a.sha256 for a in story.artifacts if a.path == "adapter/adapter_model.safetensors"]
+    judged = found.about.get("adapter_sha256")
+    return bool(weights) and judged is not None and weights[-1] != judged
 
 
 def _what(found: Results) -> str:
@@ -59,9 +73,10 @@ def _how(found: Results) -> str:
     longest = found.settings.get("max_new_tokens")
     answers = "" if longest is None else f" Answers are greedy, of {longest} tokens at most."
     return (
-        "In brackets are 95 % intervals, by resampling the rows. A difference is called real where "
-        "chance alone gives one as large less than once in twenty times; of twenty figures without "
-        f"any difference, one is then called real too.{answers} Each row's answers and scores are "
+        "In brackets are 95 % intervals, by resampling the rows; shares differ by points. A "
+        "difference is called real where chance alone gives one as large less than once in twenty "
+        "times; of twenty figures without any difference, one is then called real too."
+        f"{answers} Each row's answers and scores are "
         f"in {FOLDER}/{ANSWERS}."
     )
 
