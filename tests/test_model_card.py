@@ -102,7 +102,7 @@ def test_the_hub_reads_what_it_says() -> None:
     )
     (result,) = data.eval_results
     assert (result.metric_value, result.dataset_type) == (1.25, "someone/rows")  # the kept one
-    for said in ("| quantized base | 2.5000 |", "| adapter | 1.2500 |", "475 rows", "halfbyte 1.2"):
+    for said in ("| base in 4 bits | 2.5000 |", "| adapter | 1.2500 |", "475 rows", "halfbyte 1.2"):
         assert said in text
     assert "Of the data: not stated." in text
     assert "medical" not in text

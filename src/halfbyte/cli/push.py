@@ -94,8 +94,8 @@ def _show(parcel: Parcel, repo: str, *, public: bool, revision: str | None, dry_
     typer.echo(f"  {'':{width}}  {bytes_text(sum(sizes.values())):>9}")
     typer.echo()
     if parcel.left:
-        some = ", ".join(parcel.left[:_LEFT_NAMED])
-        more = len(parcel.left) - _LEFT_NAMED
+        named = len(parcel.left) if len(parcel.left) < _LEFT_NAMED + 4 else _LEFT_NAMED
+        some, more = ", ".join(parcel.left[:named]), len(parcel.left) - named
         typer.echo(_wrapped(f"Not sent: {some}{f' and {more} more' if more > 0 else ''}."))
     for sentence in parcel.said:
         typer.echo(_wrapped(sentence))

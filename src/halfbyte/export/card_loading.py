@@ -59,7 +59,8 @@ def _adapter(base: str, quantization: QuantizationRecipe | None, place: str | No
         f"    bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype=torch.bfloat16,",
         ")",
         f"tokenizer = AutoTokenizer.from_pretrained({where})",
-        f"base = AutoModelForCausalLM.from_pretrained({name}, quantization_config=nf4)",
+        f"name = {name}",
+        "base = AutoModelForCausalLM.from_pretrained(name, quantization_config=nf4)",
         f"model = PeftModel.from_pretrained(base, {where})",
     ]
     said = "It was trained on the base in 4 bits, which these lines load too; PEFT puts it on:"

@@ -13,6 +13,8 @@ from halfbyte.events.types import Evaluated, Kept
 from halfbyte.export.card_text import escape, hub_name, public_name, table
 from halfbyte.recipe import Recipe
 
+_MODELS = {"base": "base", "quantized base": "base in 4 bits", "adapter": "adapter"}
+
 
 def held_out_losses(evaluations: Sequence[Evaluated], kept: Kept | None) -> dict[str, Evaluated]:
     """The loss of the base, of the base in 4 bits and of the adapter that was kept."""
@@ -20,7 +22,7 @@ def held_out_losses(evaluations: Sequence[Evaluated], kept: Kept | None) -> dict
     if kept is not None and kept.held_out_loss is not None:
         of_kept = [e for e in evaluations if e.what == "adapter" and e.step == kept.step]
         last.update({"adapter": of_kept[-1]} if of_kept else {})
-    return {what: last[what] for what in ("base", "quantized base", "adapter") if what in last}
+    return {what: last[what] for what in _MODELS if what in last}
 
 
 def loss_lines(losses: dict[str, Evaluated]) -> list[str]:
@@ -31,7 +33,7 @@ def loss_lines(losses: dict[str, Evaluated]) -> list[str]:
     return [
         f"Loss on {rows:,} held-out rows (nats per token that carries loss; lower is better):",
         "",
-        *table(("model", "loss"), [(what, f"{e.loss:.4f}") for what, e in losses.items()]),
+        *table(("model", "loss"), [(_MODELS[what], f"{e.loss:.4f}") for what, e in losses.items()]),
     ]
 
 

@@ -26,7 +26,6 @@ class Sent:
     made: bool  # the repository was not there before
     public: bool
     files: list[str]  # that were sent; the others were there already
-    commit: str | None
 
 
 def repository(name: str) -> str:
@@ -53,16 +52,11 @@ def push(parcel: Parcel, repo: str, *, public: bool, revision: str | None, messa
     """
     hub = HubRequests(repo)
     try:
-        found = hub.do("ready", private=not public, revision=revision)
-        if found["public"] and not public:
-            raise RunError(
-                f"{repo} is open to all and was not made so here; add --public to send there all "
-                "the same, or name another repository."
-            )
         with _as_paths(parcel) as paths:
             done = hub.do(
                 "send",
                 bytes=sum(parcel.sizes().values()),
+                private=not public,
                 revision=revision,
                 files=paths,
                 message=redact(message),
@@ -72,7 +66,12 @@ def push(parcel: Parcel, repo: str, *, public: bool, revision: str | None, messa
             f"{repo} did not get all of it: {error}; the same command then goes on where this one "
             "stopped."
         ) from error
-    return Sent(found["made"], found["public"], done["sent"], done["commit"])
+    if done["public"] and not public:
+        raise RunError(
+            f"{repo} is open to all and was not made so here; add --public to send there all the "
+            "same, or name another repository."
+        )
+    return Sent(done["made"], done["public"], done["sent"])
 
 
 @contextmanager

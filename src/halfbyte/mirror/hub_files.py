@@ -9,13 +9,18 @@ from typing import Any
 _PIECE = 1 << 20
 
 
-def ready(repo: str, private: bool, revision: str | None) -> dict[str, Any]:
-    """Make the repository, and the branch ``revision`` in it, where they are not there yet.
+def send(
+    repo: str, private: bool, revision: str | None, files: dict[str, str], message: str
+) -> dict[str, Any]:
+    """Send those of ``files`` (name there: path here) that are not there, or are others there.
 
-    Whether it was made, and whether anybody may read it, is answered. One that is there stays as
-    open or closed as it is; where it is open and ``private`` is asked for, no branch is made.
+    The repository, and the branch ``revision`` in it, are made where they are not there yet. One
+    that is there stays as open or closed as it is; into one that is open nothing is sent where
+    ``private`` is asked for. Large files that an earlier attempt has brought over are not sent
+    again, which the hub tells by their SHA-256. Answered are whether the repository was made,
+    whether anybody may read it, and the names that were sent.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     hub, made = HfApi(), False
@@ -24,35 +29,23 @@ def ready(repo: str, private: bool, revision: str | None) -> dict[str, Any]:
     except RepositoryNotFoundError:
         hub.create_repo(repo, private=private, exist_ok=True)
         info, made = hub.repo_info(repo), True
-    public = info.private is False
-    if revision is not None and not (public and private):
+    found: dict[str, Any] = {"made": made, "public": info.private is False, "sent": []}
+    if found["public"] and private:
+        return found
+    if revision is not None:
         hub.create_branch(repo, branch=revision, exist_ok=True)
-    return {"made": made, "public": public}
-
-
-def send(repo: str, revision: str | None, files: dict[str, str], message: str) -> dict[str, Any]:
-    """Send those of ``files`` (name there: path here) that are not there, or are others there.
-
-    Large files that an earlier attempt has brought over are not sent again, which the hub tells by
-    their SHA-256. The names that were sent are answered, and the commit.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    hub = HfApi()
     there = _tree(repo, revision)
     lacking = [name for name, path in files.items() if not _same(Path(path), there.get(name))]
-    commit = None
     if lacking:
         adds = [CommitOperationAdd(name, files[name]) for name in lacking]
         # One commit, so that nobody ever sees a part of it.
-        done = hub.create_commit(repo, adds, commit_message=message, revision=revision)
-        commit = done.oid
+        hub.create_commit(repo, adds, commit_message=message, revision=revision)
         now = _tree(repo, revision)
         for name, path in files.items():
             if name not in now or now[name].size != Path(path).stat().st_size:
                 text = f"{name} did not arrive; see the .gitignore of {repo}"
                 return {"error": ("lacking", text)}
-    return {"sent": lacking, "commit": commit}
+    return found | {"sent": lacking}
 
 
 def _tree(repo: str, revision: str | None) -> dict[str, Any]:

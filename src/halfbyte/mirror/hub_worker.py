@@ -207,7 +207,6 @@ _DO: dict[str, Callable[..., dict[str, Any]]] = {
     "put": _put,
     "results": _results,
     "fetch": _fetch,
-    "ready": hub_files.ready,
     "send": hub_files.send,
 }
 
