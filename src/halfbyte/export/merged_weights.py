@@ -146,7 +146,7 @@ class MergedWeights:
         if start is not None:
             pair = self._trained_half(layer, pair, start)
         a, b = (matrix.to(self._device, torch.float32) for matrix in pair)
-        merged = weight.add_(b @ a, alpha=scale)
+        merged = weight.addmm_(b, a, alpha=scale)
         magnitude = self._magnitudes.get(layer)
         if magnitude is None:
             return merged

@@ -1,7 +1,8 @@
 """A model's logits with the weights of one layer in memory at a time.
 
 The network is transformers' own, so that what it says of a folder is what others will get who load
-it. Linear layers and experts get their weights just before they run and lose them after.
+it. Embedding, head, linear layers and experts get their weights just before they run and lose them
+after.
 """
 
 from __future__ import annotations
@@ -30,17 +31,36 @@ def streamed_logits(
     ends, which no token before sees. Raises ModelError for weights that are damaged.
     """
     network = build_skeleton(source.config, source.name)
-    streamed = {**quantized_linears(network), **find_experts(network)}
+    streamed = {**quantized_linears(network), **find_experts(network), **_ends(network)}
+    where = _places(network, set(source.names()))
     _fill(network, source, set(streamed), device, dtype)
     make_buffers(network, device)
     for name, module in streamed.items():
-        _stream(module, name, source, device, dtype)
+        _stream(module, name, where, source, device, dtype)
     groups = [[row] for row in rows] if _by_length(source.config) else [list(rows)]
     found: list[Tensor] = []
     for group in groups:
         ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
         logits = network(input_ids=ids, use_cache=False).logits
         found += [logits[at, : len(row)].float().cpu() for at, row in enumerate(group)]
+    return found
+
+
+def _ends(network: Any) -> dict[str, nn.Module]:
+    """Embedding and head by full name."""
+    ends = network.get_input_embeddings(), network.get_output_embeddings()
+    return {name: module for name, module in network.named_modules() if module in ends}
+
+
+def _places(network: Any, there: set[str]) -> dict[str, str]:
+    """Parameter: which of the names of what is one object with it the checkpoint has."""
+    by_object: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        by_object.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    for names in by_object.values():
+        held = [name for name in names if name in there]
+        found |= {name: name if name in there else held[0] for name in names if held}
     return found
 
 
@@ -71,7 +91,12 @@ def _waits(owner: str, leaf: str, streamed: set[str]) -> bool:
 
 
 def _stream(
-    module: nn.Module, name: str, source: ModelSource, device: str, dtype: torch.dtype
+    module: nn.Module,
+    name: str,
+    where: dict[str, str],
+    source: ModelSource,
+    device: str,
+    dtype: torch.dtype,
 ) -> None:
     """Give ``module`` its matrices when it is about to run, and take them away after."""
     empty = {
@@ -82,7 +107,7 @@ def _stream(
 
     def before(module: nn.Module, _: Any) -> None:
         for leaf in empty:
-            value = source.read(f"{name}.{leaf}", dtype).to(device)
+            value = source.read(where[f"{name}.{leaf}"], dtype).to(device)
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
     def after(module: nn.Module, *_: Any) -> None:

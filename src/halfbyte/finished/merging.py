@@ -111,10 +111,9 @@ def merge_adapter(
         plan.write_weights(folder, lambda done, total: progress("merging", done, total))
         ends = end_ids(build_skeleton(source.config, source.name), source.tokenizer)
         plan.write_settings(folder, source.tokenizer, sorted(ends))
-        opened = open_adapter(found, device=device, copies=False)
         check = check_merge(
             folder,
-            opened,
+            lambda: open_adapter(found, device=device, copies=False),
             onto,
             dtype,
             compared.rows,
