@@ -122,6 +122,20 @@ def test_folders_of_other_programs(plain: Path, bases: dict[str, Path], tmp_path
     said = opened.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert said == "<user> Hi\n<assistant> "
 
+    # Several templates are a list there, as some bases have them; the default one is taken.
+    written = json.loads((unsloth / "tokenizer_config.json").read_text())
+    named = [{"name": n, "template": t} for n, t in (("rag", "no"), ("default", TEMPLATE))]
+    (unsloth / "tokenizer_config.json").write_text(json.dumps(written | {"chat_template": named}))
+    opened = open_adapter(unsloth, base=str(base), device="cpu")
+    said = opened.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert said == "<user> Hi\n<assistant> "
+
+    narrow = shutil.copytree(plain, tmp_path / "narrow")
+    weights = load_file(narrow / "adapter_model.safetensors")
+    weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(weights, narrow / "adapter_model.safetensors")
+    assert_is_peft(open_adapter(narrow, device="cpu"), narrow, base)
+
     old = shutil.copytree(plain, tmp_path / "old")
     config = {key: value for key, value in config_of(old).items() if key in OLD_KEYS}
     write_config(old, config | {"enable_lora": None, "merge_weights": False})
@@ -200,6 +214,7 @@ def renamed(old: str, new: str) -> Callable[[Path], None]:
             for gone in ("/workspace/base", "./out/base", "C:\\models\\base", "a/b/c")
         ),
         (renamed("lora_A", "ia3_l"), "which no LoRA adapter has"),
+        (lambda folder: None, "has a chat template, so nothing says how it is prompted"),
     ],
 )
 def test_what_cannot_be_opened_is_one_sentence(
