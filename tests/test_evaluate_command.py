@@ -218,6 +218,25 @@ def test_rows_that_are_hard_to_judge(run: Path, tmp_path: Path) -> None:
     assert "were cut off at 3 tokens" in " ".join(shown.split())
 
 
+def test_texts_have_one_loss(tiny_model: Path, tmp_path: Path) -> None:
+    """Of texts all tokens are learned, and they are answered by going on with their beginning."""
+    texts = [f"{'The number is one. ' * (n % 3 + 1)}It is {n}, that is all." for n in range(24)]
+    rows = write_lines(tmp_path / "texts.jsonl", *({"text": text} for text in texts))
+    run = train_run(tmp_path, tiny_model, rows, template="text", max_length=40, long_rows="split")
+    questions = write_lines(
+        tmp_path / "questions.jsonl", {"question": "It is", "choices": ["one", "Q"], "answer": 0}
+    )
+    halfbyte("evaluate", run, "--max-new-tokens", 4, "--choices", questions)
+    results = results_in(run / "evaluation")
+    groups = [one["group"] for one in results["figures"]]
+    assert groups == ["all_tokens"] * 3 + ["answers"] * 3 + ["choices"] * 2
+    last = [r.event for r in read_events(run) if isinstance(r.event, Evaluated)][-1]
+    assert figure(results, "loss")["adapter"]["value"] == pytest.approx(last.loss, rel=1e-5)
+    judged = rows_in(run / "evaluation")
+    assert len(judged) == 8, "pieces of a row that was split are one row"
+    assert all(row["prompt"] + row["reference"] == texts[row["row"]] for row in judged)
+
+
 def test_nothing_half_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from halfbyte.finished import judged_files
 

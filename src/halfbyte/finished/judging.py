@@ -179,13 +179,17 @@ def _judge_losses(
             f"Of {len(kept):,} rows intervals come out too narrow; judge by {ENOUGH_ROWS} or more."
         )
     labels, tokens = base.labels[kept], base.tokens[kept]
-    learned = _losses("", "answer_tokens", base.label_loss, adapter.label_loss, labels, kept)
-    found.measured += [
-        *learned,
-        _right("", "answer_tokens", base.label_right, adapter.label_right, labels, kept),
-        *_losses("_all", "all_tokens", base.loss, adapter.loss, tokens, kept),
-        _right("_all", "all_tokens", base.right, adapter.right, tokens, kept),
-    ]
+    # Of texts every token is learned: the two groups would be the same.
+    all_learned = bool((labels == tokens).all())
+    group = "all_tokens" if all_learned else "answer_tokens"
+    learned = _losses("", group, base.label_loss, adapter.label_loss, labels, kept)
+    found.measured += learned
+    found.measured.append(_right("", group, base.label_right, adapter.label_right, labels, kept))
+    if not all_learned:
+        found.measured += [
+            *_losses("_all", "all_tokens", base.loss, adapter.loss, tokens, kept),
+            _right("_all", "all_tokens", base.right, adapter.right, tokens, kept),
+        ]
     found.wins.append(count_wins(learned[0], "lower loss"))
     places = [int(place) for place in kept]
     for at, labelled, predicted in zip(places, labels.tolist(), tokens.tolist(), strict=True):
