@@ -203,6 +203,7 @@ def _print(console: Console, export: Export, type: str) -> None:
     lines = [
         f"{visible(str(export.file))}  {bytes_text(export.nbytes)}, {type}: {kinds}",
         f"tokens   {_tokens(check.rows, check.different)} of {visible(export.compared_on)}",
+        f"tensors  off by {check.error:.1%} of them at most ({check.tensor})",
         f"logits   {_logits(check.logits)} from the weights before {type}",
     ]
     if export.trained is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from halfbyte.data.batch import Segment
 from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
+from halfbyte.export.gguf_model import probe
 from halfbyte.export.gguf_pre_tokenizer import WHOLE_WORDS
 from halfbyte.export.gguf_template import llama_cpp_ids
 from halfbyte.export.gguf_types import WeightType
@@ -27,6 +28,8 @@ from halfbyte.recipe.schema import ModelRecipe
 _MOST_DIFFERENT = 0.1
 # llama.cpp rounds what it multiplies with quantized weights to 8 bits, and with fp16 ones to fp16.
 _LLAMA_CPP_ROUNDS = 0.02
+# Vectors are written in fp32.
+_EXACT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,13 @@ class LlamaCppCheck:
 @dataclass(frozen=True)
 class FileCheck:
     """Of ``rows`` rows ``different`` came out in other tokens; ``logits`` of the file beside those
-    of the weights that it was made of."""
+    of the weights that it was made of. ``error`` is the largest relative error of a tensor, and
+    ``tensor`` its name."""
 
     rows: int
     different: int
+    error: float
+    tensor: str
     logits: Agreement
     llama_cpp: LlamaCppCheck | None
 
@@ -71,6 +77,7 @@ def check_file(
     rows: Sequence[Row],
     shown: Sequence[Tensor],
     reference: Sequence[Tensor],
+    probes: Mapping[str, Tensor],
     *,
     type: WeightType,
     vocabulary: Vocabulary,
@@ -81,12 +88,14 @@ def check_file(
     """Compare the file in ``path`` with what it was made of; also gives the file's logits.
 
     ``rows`` are those whose tokens are compared, ``shown`` the ids [T] whose logits are, and
-    ``reference`` [T, vocabulary] the logits of the weights before they got the type. ``tokenizer``
-    is the trained one, ``python`` one that has llama.cpp's binding. Raises ModelError where tokens
-    or logits differ by more than ``type`` explains.
+    ``reference`` [T, vocabulary] the logits of the weights before they got the type; ``probes``
+    were made when it was written. ``tokenizer`` is the trained one, ``python`` one that has
+    llama.cpp's binding. Raises ModelError where tokens, tensors or logits differ by more than
+    ``type`` explains.
     """
     different = _different(rows, written.tokenizer, vocabulary, tokenizer)
     _require_tokens(different, len(rows), "halfbyte's own reader")
+    error, tensor = _compare_tensors(written, probes, type)
     ours = streamed_logits(written, shown, device=device, dtype=torch.float32)
     logits = compare_logits(ours, reference)
     _require_logits(logits, type.largest_kl, type, "read again")
@@ -101,7 +110,7 @@ def check_file(
         bound = max(type.largest_kl, _LLAMA_CPP_ROUNDS)
         _require_logits(apart, bound, type, "loaded by llama.cpp")
         asked = LlamaCppCheck(found.version, other, apart)
-    return FileCheck(len(rows), different, logits, asked), ours
+    return FileCheck(len(rows), different, error, tensor, logits, asked), ours
 
 
 def _different(
@@ -117,6 +126,25 @@ def _different(
     return found
 
 
+def _compare_tensors(
+    written: ModelSource, probes: Mapping[str, Tensor], type: WeightType
+) -> tuple[float, str]:
+    """The largest relative error of a tensor, and whose it is."""
+    worst, at = 0.0, ""
+    for name, expected in probes.items():
+        apart = probe(written.read(name, torch.float32)) - expected
+        error = float(apart.norm() / expected.norm().clamp_min(1e-20))
+        most = type.error if expected.dim() > 1 else _EXACT
+        if not error <= most:
+            raise ModelError(
+                f"read again, {name} is off by {error:.2g} of it, where {type.name} explains "
+                f"{most:g}: the file is not kept."
+            )
+        if error >= worst:
+            worst, at = error, name
+    return worst, at
+
+
 def _require_tokens(different: int, rows: int, who: str) -> None:
     if different > _MOST_DIFFERENT * rows:
         raise ModelError(
@@ -129,5 +157,5 @@ def _require_logits(found: Agreement, most: float, type: WeightType, how: str) -
     if not found.kl <= most:
         raise ModelError(
             f"{how}, the file's logits are {found.kl:.2g} nats from those of the model that it was "
-            f"made of, where {type.name} explains {most:g}: it is not kept."
+            f"made of, where {type.name} explains {most:g}: the file is not kept."
         )

@@ -25,6 +25,7 @@ _Kind = GGMLQuantizationType
 _ENDS = ("token_embd.weight", "output.weight")
 # Files of before 2023 have 1, whose blocks are others.
 _QUANTIZATION_VERSION = 2
+_PROBES = 4
 
 
 class Weights(Protocol):
@@ -58,16 +59,28 @@ class Described:
 
 @dataclass(frozen=True)
 class Written:
-    """``tensors``: how many are of each type; ``kept``: those whose rows fit no block of theirs."""
+    """``tensors``: how many are of each type; ``kept``: those whose rows fit no block of theirs.
+
+    ``probes`` are what each tensor made of a few random vectors before it was written, by
+    transformers' name, for comparing it with what is read again.
+    """
 
     tensors: dict[str, int]
-    kept: tuple[str, ...] = ()
+    kept: tuple[str, ...]
+    probes: dict[str, Tensor]
 
-    @classmethod
-    def of_file(cls, path: Path) -> Written:
-        """What llama.cpp has written there."""
+    def by_llama_cpp(self, path: Path) -> Written:
+        """The same weights in the types that llama.cpp has chosen in the file ``path``."""
         kinds = (tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
-        return cls(dict(Counter(kinds)))
+        return Written(dict(Counter(kinds)), (), self.probes)
+
+
+def probe(values: Tensor) -> Tensor:
+    """``values`` [rows, columns] (fp32) times vectors of chance, [rows, 4]; a vector itself."""
+    if values.dim() < 2:
+        return values.clone()
+    draw = torch.Generator().manual_seed(values.shape[1])
+    return values @ torch.randn(values.shape[1], _PROBES, generator=draw)
 
 
 def write_model(
@@ -102,6 +115,7 @@ def write_model(
         _announce(writer, rope_tensor_name(), tuple(divisors.shape), _Kind.F32)
     for name, kind in kinds.items():
         _announce(writer, name, shapes[name], kind)
+    probes: dict[str, Tensor] = {}
     writer.write_header_to_file(path)
     try:
         writer.write_kv_data_to_file()
@@ -109,7 +123,9 @@ def write_model(
         if divisors is not None:
             writer.write_tensor_data(divisors.numpy())
         for number, (name, kind) in enumerate(kinds.items(), 1):
-            values = architecture.as_stored(name, weights.read(tensors[name], torch.float32))
+            values = weights.read(tensors[name], torch.float32)
+            probes[tensors[name]] = probe(values)
+            values = architecture.as_stored(name, values)
             writer.write_tensor_data(_in_type(values, kind, tensors[name], shapes[name]))
             each(number, len(kinds))
         assert writer.fout is not None
@@ -120,7 +136,7 @@ def write_model(
         writer.close()
     kept = tuple(n for n, k in kinds.items() if k == _Kind.F16 and _wanted(n, type) != _Kind.F16)
     counted = Counter(kind.name.lower() for kind in kinds.values())
-    return Written(dict(counted), tuple(n for n in kept if len(shapes[n]) > 1))
+    return Written(dict(counted), tuple(n for n in kept if len(shapes[n]) > 1), probes)
 
 
 def model_bytes(architecture: Architecture, weights: Weights, type: WeightType, name: str) -> int:

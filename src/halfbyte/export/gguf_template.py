@@ -39,10 +39,14 @@ class FileTemplate:
     notes: tuple[str, ...] = ()
 
 
-def choose_template(tokenizer: Any, template: str | None, vocabulary: Vocabulary) -> FileTemplate:
+def choose_template(
+    tokenizer: Any, template: str | None, vocabulary: Vocabulary, *, texts: bool = False
+) -> FileTemplate:
     """What of ``template`` (Jinja, as it was trained) and the space before a text goes into a file.
 
-    ``tokenizer`` (transformers) is the one that was trained with.
+    ``tokenizer`` (transformers) is the one that was trained with; ``texts``: what was trained are
+    texts and no conversations. Where a prompt is plain text that people also write by hand, as in
+    the instruction formats, it gets its space from llama.cpp, though later turns then have one too.
     """
     as_it_is = FileTemplate(template, vocabulary)
     if template is None or vocabulary.model != "llama" or not vocabulary.add_space_prefix:
@@ -59,13 +63,20 @@ def choose_template(tokenizer: Any, template: str | None, vocabulary: Vocabulary
         FileTemplate(template, replace(vocabulary, add_space_prefix=False), (NO_FIRST_SPACE,)),
     ]
     equal = [_equal(one, tokenizer, talks, wanted) for one in tried]
-    for one, same in zip(tried, equal, strict=True):
-        if all(same):
-            return one
-    for one, same in zip(tried, equal, strict=True):
-        if same[0]:
-            return replace(one, notes=(*one.notes, LATER_TURNS))
-    return replace(as_it_is, notes=(LATER_TURNS,))
+    whole = [one for one, same in zip(tried, equal, strict=True) if all(same)]
+    begun = [one for one, same in zip(tried, equal, strict=True) if same[0]]
+    if texts or _is_plain(tokenizer, _texts(template, tokenizer, talks)[0], wanted[0]):
+        whole = [one for one in whole if one.vocabulary.add_space_prefix]
+    if whole:
+        return whole[0]
+    return replace((begun or tried)[0], notes=(LATER_TURNS,))
+
+
+def _is_plain(tokenizer: Any, text: str, ids: list[int]) -> bool:
+    """Whether ``text`` without the beginning of sequence is a text of the same tokens ``ids``."""
+    bare = text.removeprefix(tokenizer.bos_token or "").removeprefix(" ")
+    special = any(bare.startswith(t.content) for t in tokenizer.added_tokens_decoder.values())
+    return not special and prompt_ids(tokenizer, bare) == ids
 
 
 def llama_cpp_ids(tokenizer: Any, text: str, vocabulary: Vocabulary) -> list[int]:

@@ -17,13 +17,15 @@ class WeightType:
     """A type by its name, as llama.cpp's programs take it in capitals.
 
     ``kind`` is what the matrices are written in by the ``gguf`` package; None where llama.cpp's own
-    quantizer chooses one for each tensor. ``largest_kl`` is the mean Kullback–Leibler divergence
-    (nats a token) up to which a file of this type counts as the model that it was made of.
+    quantizer chooses one for each tensor. A file of this type counts as the model that it was made
+    of up to ``error``, the relative error of each matrix (Frobenius), and up to ``largest_kl``, the
+    mean Kullback–Leibler divergence of its logits (nats a token).
     """
 
     name: str
     number: LlamaFileType
     kind: GGMLQuantizationType | None
+    error: float
     largest_kl: float
 
     @property
@@ -43,39 +45,40 @@ class WeightType:
         return self.kind is None or GGML_QUANT_SIZES[self.kind][0] > 1
 
 
-# Bounds: about ten times what SmolLM2-135M was measured to lose (docs/exporting.md); a small model
-# loses most. Weights permuted, scaled or left out wrongly give more than 1 nat.
+# Bounds: of matrices two to three times what normally distributed weights lose, of logits two to
+# ten times what SmolLM2-135M was measured to lose, which being small loses most
+# (docs/exporting.md). Matrices tell apart what is wrong in one layer, logits what is wrong in all.
 _SIMPLE = {
-    "f32": (LlamaFileType.ALL_F32, _Kind.F32, 1e-5),
-    "f16": (LlamaFileType.MOSTLY_F16, _Kind.F16, 1e-4),
-    "bf16": (LlamaFileType.MOSTLY_BF16, _Kind.BF16, 2e-3),
-    "q8_0": (LlamaFileType.MOSTLY_Q8_0, _Kind.Q8_0, 0.02),
-    "q5_1": (LlamaFileType.MOSTLY_Q5_1, _Kind.Q5_1, 0.2),
-    "q5_0": (LlamaFileType.MOSTLY_Q5_0, _Kind.Q5_0, 0.2),
-    "q4_1": (LlamaFileType.MOSTLY_Q4_1, _Kind.Q4_1, 0.6),
-    "q4_0": (LlamaFileType.MOSTLY_Q4_0, _Kind.Q4_0, 0.6),
+    "f32": (LlamaFileType.ALL_F32, _Kind.F32, 1e-5, 1e-5),
+    "f16": (LlamaFileType.MOSTLY_F16, _Kind.F16, 1e-3, 1e-4),
+    "bf16": (LlamaFileType.MOSTLY_BF16, _Kind.BF16, 5e-3, 2e-3),
+    "q8_0": (LlamaFileType.MOSTLY_Q8_0, _Kind.Q8_0, 0.02, 0.02),
+    "q5_1": (LlamaFileType.MOSTLY_Q5_1, _Kind.Q5_1, 0.12, 0.5),
+    "q5_0": (LlamaFileType.MOSTLY_Q5_0, _Kind.Q5_0, 0.12, 0.5),
+    "q4_1": (LlamaFileType.MOSTLY_Q4_1, _Kind.Q4_1, 0.25, 1.5),
+    "q4_0": (LlamaFileType.MOSTLY_Q4_0, _Kind.Q4_0, 0.25, 1.5),
 }
 _BY_LLAMA_CPP = {
-    "q6_k": (LlamaFileType.MOSTLY_Q6_K, 0.05),
-    "q5_k_m": (LlamaFileType.MOSTLY_Q5_K_M, 0.2),
-    "q5_k_s": (LlamaFileType.MOSTLY_Q5_K_S, 0.2),
-    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, 0.6),
-    "q4_k_s": (LlamaFileType.MOSTLY_Q4_K_S, 0.6),
-    "iq4_nl": (LlamaFileType.MOSTLY_IQ4_NL, 0.6),
-    "iq4_xs": (LlamaFileType.MOSTLY_IQ4_XS, 0.6),
-    "q3_k_l": (LlamaFileType.MOSTLY_Q3_K_L, 1.5),
-    "q3_k_m": (LlamaFileType.MOSTLY_Q3_K_M, 1.5),
-    "q3_k_s": (LlamaFileType.MOSTLY_Q3_K_S, 1.5),
-    "iq3_m": (LlamaFileType.MOSTLY_IQ3_M, 1.5),
-    "iq3_s": (LlamaFileType.MOSTLY_IQ3_S, 1.5),
-    "q2_k": (LlamaFileType.MOSTLY_Q2_K, 3.0),
+    "q6_k": (LlamaFileType.MOSTLY_Q6_K, 0.06, 0.1),
+    "q5_k_m": (LlamaFileType.MOSTLY_Q5_K_M, 0.12, 0.5),
+    "q5_k_s": (LlamaFileType.MOSTLY_Q5_K_S, 0.12, 0.5),
+    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, 0.25, 1.5),
+    "q4_k_s": (LlamaFileType.MOSTLY_Q4_K_S, 0.25, 1.5),
+    "iq4_nl": (LlamaFileType.MOSTLY_IQ4_NL, 0.25, 1.5),
+    "iq4_xs": (LlamaFileType.MOSTLY_IQ4_XS, 0.25, 1.5),
+    "q3_k_l": (LlamaFileType.MOSTLY_Q3_K_L, 0.45, 3.0),
+    "q3_k_m": (LlamaFileType.MOSTLY_Q3_K_M, 0.45, 3.0),
+    "q3_k_s": (LlamaFileType.MOSTLY_Q3_K_S, 0.45, 3.0),
+    "iq3_m": (LlamaFileType.MOSTLY_IQ3_M, 0.45, 3.0),
+    "iq3_s": (LlamaFileType.MOSTLY_IQ3_S, 0.45, 3.0),
+    "q2_k": (LlamaFileType.MOSTLY_Q2_K, 0.75, 6.0),
 }
 # Types that llama.cpp makes only by an importance matrix, measured with texts.
 _BY_IMPORTANCE = ("iq1_m", "iq1_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xxs", "q2_k_s")
 
 TYPES = {
     **{name: WeightType(name, *rest) for name, rest in _SIMPLE.items()},
-    **{n: WeightType(n, number, None, kl) for n, (number, kl) in _BY_LLAMA_CPP.items()},
+    **{n: WeightType(n, number, None, *rest) for n, (number, *rest) in _BY_LLAMA_CPP.items()},
 }
 
 

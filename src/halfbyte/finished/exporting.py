@@ -77,6 +77,12 @@ class Exportable:
         return None if self.found is None else public_name(self.found.base.name)
 
     @property
+    def trained_on(self) -> str | None:
+        """The template that the recipe names."""
+        recipe = self.found.recipe if self.found is not None else None
+        return None if recipe is None else recipe.data.template
+
+    @property
     def system(self) -> str | None:
         """The system message that the recipe states."""
         recipe = self.found.recipe if self.found is not None else None
@@ -143,7 +149,9 @@ def export_gguf(
     architecture = architecture_of(config, what.name)
     ends = end_ids(build_skeleton(config, what.name), tokenizer)
     vocabulary = vocabulary_of(tokenizer, int(config.vocab_size), ends, what.name)
-    chosen = choose_template(tokenizer, own_template(tokenizer), vocabulary)
+    chosen = choose_template(
+        tokenizer, own_template(tokenizer), vocabulary, texts=what.trained_on == "text"
+    )
     rows, compared_on, notes = _rows(what, data)
     shown = _shown(rows, int(config.vocab_size))
     first = TYPES["f16"] if type.by_llama_cpp else type
@@ -160,6 +168,7 @@ def export_gguf(
             rows,
             shown,
             reference,
+            written.probes,
             type=type,
             vocabulary=chosen.vocabulary,
             tokenizer=tokenizer,
@@ -281,7 +290,7 @@ def _write(
     finally:
         if first != partial:
             first.unlink(missing_ok=True)
-    return Written.of_file(partial)
+    return written.by_llama_cpp(partial)
 
 
 def _rows(what: Exportable, data: str | None) -> tuple[list[Row], str, tuple[str, ...]]:
@@ -312,7 +321,7 @@ def _rows(what: Exportable, data: str | None) -> tuple[list[Row], str, tuple[str
     texts = ["\n".join(m["content"] for m in talk) for talk in talks]
     if template is not None:
         with suppress(TemplateFailed):
-            texts += ChatRender(template, tokenizer)(talks, generate=True)
+            texts = ChatRender(template, tokenizer)(talks, generate=True)
     rows = [Row(text, tuple(prompt_ids(tokenizer, text))) for text in texts]
     return rows, "texts of halfbyte's own", notes
 
@@ -362,7 +371,7 @@ def _require_trained(found: Agreement, type: WeightType) -> None:
     if not found.kl <= most:
         raise ModelError(
             f"the file's logits are {found.kl:.2g} nats from those of the adapter in memory, where "
-            f"{type.name} and rounding explain {most:g}: it is not kept."
+            f"{type.name} and rounding explain {most:g}: the file is not kept."
         )
 
 
@@ -412,6 +421,7 @@ def _record(
         "kept_in_f16": list(export.written.kept),
         "compared_on": {"source": export.compared_on, "rows": check.rows},
         "rows_in_other_tokens": check.different,
+        "largest_error_of_a_tensor": {"relative": check.error, "tensor": check.tensor},
         "with_its_weights": asdict(check.logits),
         "with_the_adapter": None if export.trained is None else asdict(export.trained),
         "by_llama_cpp": None if check.llama_cpp is None else asdict(check.llama_cpp),
