@@ -18,7 +18,15 @@ from halfbyte.finished.opened import OpenedAdapter, open_adapter
 from halfbyte.finished.prompt_file import read_prompts
 from halfbyte.finished.rows import held_out_rows
 from halfbyte.finished.variants import use_variant
-from halfbyte.report.side_by_side import Asked, Column, Said, SideBySide, read_record, side_by_side
+from halfbyte.report.side_by_side import (
+    Asked,
+    Column,
+    Said,
+    SideBySide,
+    read_beside,
+    read_record,
+    side_by_side,
+)
 from halfbyte.report.side_by_side_page import side_by_side_page
 from page_reader import read_page
 from talk_case import INSTRUCTION_FORMAT, chatml, expected, make_run
@@ -72,6 +80,9 @@ def test_variants_of_a_run_are_laid_side_by_side(run: Path, tmp_path: Path) -> N
     assert not {tag for tag, _ in page.tags} & {"script", "img", "link", "iframe"}
     for asked in seen.asked:
         assert " ".join(asked.question.split()) in " ".join(page.text.split())
+    report = read_page(run / "report.html")
+    assert "Answers side by side" in report.text
+    assert "Answers side by side" in (run / "report.md").read_text("utf-8")
     # The same seed draws the same rows, and another page beside it changes nothing else.
     halfbyte(*words, "--variants", "adapter,base", "--out", tmp_path / "page.html")
     again = read_record(tmp_path / "page.json")
@@ -164,15 +175,18 @@ def test_a_damaged_record_is_a_sentence_of_the_report(tmp_path: Path, change: An
 
     folder = tmp_path / "evaluation"
     folder.mkdir()
-    assert side_by_side(tmp_path) == []
+    assert side_by_side(read_beside(tmp_path)) == []
     whole = to_json(record("a", "b"))
     (folder / "side_by_side.json").write_text(whole)
     assert read_record(folder / "side_by_side.json") == record("a", "b")
-    assert len(side_by_side(tmp_path)) > 2
+    assert len(side_by_side(read_beside(tmp_path))) > 2
     (folder / "side_by_side.json").write_text(change(whole))
     with pytest.raises(RunError, match=r"side_by_side\.json"):
         read_record(folder / "side_by_side.json")
-    assert len(side_by_side(tmp_path)) == 2
+    said = read_beside(tmp_path)
+    assert isinstance(said, str)
+    assert str(tmp_path) not in said, "a report names no folder of this machine"
+    assert len(side_by_side(said)) == 2
 
 
 def test_prompts_are_read_in_their_forms(tmp_path: Path) -> None:

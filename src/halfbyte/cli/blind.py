@@ -171,7 +171,7 @@ def _show(console: Console, pair: Pair, where: str) -> None:
 
 
 def _text(text: str) -> Text:
-    return Text(visible(text.strip("\n")).expandtabs(4) or "(nothing)")
+    return Text(visible(text.strip()).expandtabs(4) or "(nothing)")
 
 
 def summary(found: Sequence[Score]) -> list[str]:

@@ -89,19 +89,26 @@ def read_record(path: Path) -> SideBySide:
     return seen
 
 
-def side_by_side(folder: Path) -> list[Block]:
-    """What a report says of the answers that ``halfbyte compare`` wrote into a run's folder.
-
-    Nothing where there are none. Private data are hidden, as elsewhere in a report.
-    """
+def read_beside(folder: Path) -> SideBySide | str | None:
+    """What ``halfbyte compare`` wrote into the run's ``folder``, or why it cannot be read."""
     path = folder / FOLDER / RECORD
     if not path.exists():
-        return []
+        return None
     try:
-        seen = read_record(path)
+        return read_record(path)
     except RunError as error:
-        said = str(error).replace(str(path), f"{FOLDER}/{RECORD}")
-        return [Heading("Answers side by side"), Paragraph(said)]
+        return str(error).replace(str(path), f"{FOLDER}/{RECORD}")
+
+
+def side_by_side(seen: SideBySide | str | None) -> list[Block]:
+    """A report's part on what :func:`read_beside` gave; nothing where there is nothing.
+
+    Private data are hidden, as elsewhere in a report.
+    """
+    if seen is None:
+        return []
+    if isinstance(seen, str):
+        return [Heading("Answers side by side"), Paragraph(seen)]
     names = [column.name for column in seen.columns]
     shown = seen.asked[:MOST_PROMPTS]
     said = (

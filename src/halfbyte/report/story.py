@@ -50,6 +50,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
 from halfbyte.recipe.yaml_tree import read_tree
 from halfbyte.report.done_steps import DoneSteps
+from halfbyte.report.side_by_side import SideBySide, read_beside
 
 E = TypeVar("E", bound=Event)
 
@@ -126,6 +127,7 @@ class Story:
     missing: list[str] = field(default_factory=list)  # files of the folder that were not there
     packages: list[tuple[str, str, str]] = field(default_factory=list)  # name, version, licence
     judged: Results | str | None = None  # of ``halfbyte evaluate``, or why they cannot be read
+    side_by_side: SideBySide | str | None = None  # of ``halfbyte compare``, likewise
 
     @property
     def last_step(self) -> int:
@@ -217,7 +219,12 @@ def read_story(folder: Path) -> Story:
         asked=flatten(_read_asked(asked)) if asked.exists() else {},
         missing=[] if asked.exists() else [asked.name],
     )
-    return replace(story, packages=_packages(folder / SBOM_FILE), judged=read_results(folder))
+    return replace(
+        story,
+        packages=_packages(folder / SBOM_FILE),
+        judged=read_results(folder),
+        side_by_side=read_beside(folder),
+    )
 
 
 def _packages(bill: Path) -> list[tuple[str, str, str]]:
