@@ -27,7 +27,7 @@ def evaluate(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DIR]",
+            metavar="DIR",
             help="Run folder, or an adapter in PEFT's format; by default the latest run.",
         ),
     ] = None,
@@ -57,6 +57,27 @@ def evaluate(
             metavar="MODEL", help="BERTScore as well, by the model of this folder or hub name."
         ),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="In place of rows: tasks of lm-evaluation-harness, with commas between.",
+        ),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own for --lm-eval.")
+    ] = None,
+    lm_eval_chat: Annotated[
+        bool, typer.Option("--lm-eval-chat", help="Ask tasks in the format that was trained.")
+    ] = False,
+    lm_eval_download: Annotated[
+        bool, typer.Option("--lm-eval-download", help="Let tasks fetch their data from the hub.")
+    ] = False,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Examples before each question of a task."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, help="Of the resamples behind the intervals.")
     ] = 0,
@@ -82,6 +103,10 @@ def evaluate(
         raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
     if no_generate and bertscore is not None:
         raise HalfbyteError("--bertscore is of answers, and --no-generate makes none.")
+    if lm_eval is None and (
+        lm_eval_path or lm_eval_chat or lm_eval_download or num_fewshot is not None
+    ):
+        raise HalfbyteError("--lm-eval-… and --num-fewshot are of tasks; name some by --lm-eval.")
     from transformers.utils import logging
 
     from halfbyte.finished.found import find_adapter
@@ -90,6 +115,14 @@ def evaluate(
 
     logging.set_verbosity_error()  # its advice is for programmers
     found = find_adapter(folder or latest_run(), base)
+    if lm_eval is not None:
+        from halfbyte.cli.evaluate_tasks import evaluate_tasks
+        from halfbyte.finished.harness import Tasks
+
+        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+        tasks = Tasks(names, lm_eval_path, num_fewshot, limit, lm_eval_chat, lm_eval_download, seed)
+        evaluate_tasks(found, tasks, device=device, out=out, as_json=as_json)
+        return
     place = judged_folder(found, out)
     longest = None if no_generate else max_new_tokens
     asked = replace(_asked(choices, bertscore, longest, seed), held_out=data is None)

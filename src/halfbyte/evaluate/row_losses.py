@@ -52,12 +52,14 @@ def row_losses(
     rows: Sequence[TokenizedRow],
     *,
     tokens_at_once: int = TOKENS_AT_ONCE,
+    labels_only: bool = False,
     after_batch: Callable[[int], None] = lambda rows: None,
 ) -> RowLosses:
     """What ``model`` makes of each of ``rows``; dropout off, weights untouched.
 
-    Logits are made in fp32 for a few positions at a time and never kept. ``after_batch`` hears how
-    many rows are done.
+    Logits are made in fp32 for a few positions at a time and never kept. With ``labels_only`` they
+    are made at the labels alone, and ``loss``, ``tokens`` and ``right`` are those of the labels.
+    ``after_batch`` hears how many rows are done.
     """
     training = model.network.training
     model.network.eval()
@@ -65,7 +67,7 @@ def row_losses(
     done = 0
     try:
         for group in groups_of(rows, tokens_at_once):
-            found.append(_of_batch(model, make_batch(group), len(group)))
+            found.append(_of_batch(model, make_batch(group), len(group), labels_only))
             done += len(group)
             after_batch(done)
     finally:
@@ -77,7 +79,9 @@ def row_losses(
     return RowLosses(**{name: np.concatenate([part[name] for part in found]) for name in names})
 
 
-def _of_batch(model: QLoRAModel, batch: Batch, rows: int) -> dict[str, np.ndarray]:
+def _of_batch(
+    model: QLoRAModel, batch: Batch, rows: int, labels_only: bool
+) -> dict[str, np.ndarray]:
     hidden = model.hidden(batch)
     count = batch.num_tokens
     borders = batch.cu_seqlens[: rows + 1].long()
@@ -86,7 +90,7 @@ def _of_batch(model: QLoRAModel, batch: Batch, rows: int) -> dict[str, np.ndarra
     at = torch.arange(count)
     ends = torch.zeros(count, dtype=torch.bool)
     ends[borders[1:] - 1] = True
-    at = at[~ends]
+    at = at[~ends & (batch.labels != -100)] if labels_only else at[~ends]
     losses, right = _at(model, hidden, at, batch.input_ids[at + 1])
     owner = owner[at]
     label = batch.labels[at] != -100
