@@ -21,7 +21,7 @@ from bitsandbytes import functional
 
 from adapter_case import logits_of, peft_adapter, peft_logits, refusal, train_run
 from command_line import halfbyte
-from family_case import FAMILIES, save_family
+from family_case import FAMILIES, bitsandbytes_folder, save_family
 from halfbyte.export import merged_weights
 from halfbyte.export.merged_folder import MergedFolder
 from halfbyte.export.merged_weights import MergedWeights
@@ -154,6 +154,27 @@ def test_it_is_loaded_as_the_base_is(family: str, tiny_model: Path, tmp_path: Pa
                 total += opened.get_tensor(name).nbytes
                 assert index["weight_map"][name] == file.name
     assert total == index["metadata"]["total_size"]
+
+
+def test_a_base_that_is_in_4_bits_already(tiny_model: Path, tmp_path: Path) -> None:
+    """As bitsandbytes stored it, and with nothing left that says so."""
+    original = save_family(FAMILIES["llama 2"].make, tiny_model, tmp_path / "original")
+    base = bitsandbytes_folder(original, tmp_path / "base")
+    adapter = peft_adapter(original, tmp_path / "adapter")
+    out = tmp_path / "out"
+    words = ("merge", adapter, "--base", base, "--out", out, "--dtype", "fp32", "--device", "cpu")
+    assert "in 4 bits only" in refusal(*words, "--onto", "original")
+    halfbyte(*words)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    stored = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    for name, parameter in stored.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:  # bitsandbytes would round to the type that it was made from
+            state.dtype = torch.float32
+            parameter = functional.dequantize_4bit(parameter.data, state)
+        theirs.get_parameter(name).data.copy_(parameter)
+    assert apart(logits_of(out, IDS), peft_logits(theirs, adapter, IDS)) < 1e-4
 
 
 Broken = Callable[[pytest.MonkeyPatch], None]

@@ -150,12 +150,14 @@ class _Phases:
 def _show(display: Display, merge: Merge) -> None:
     from halfbyte.cli.blocks import Block
     from halfbyte.cli.units import bytes_text
-    from halfbyte.events.types import Fallback
+    from halfbyte.events.types import Fallback, Warned
     from halfbyte.finished.merging import type_name
 
     compared, check = merge.compared, merge.check
     if compared.fallback is not None:
         display(Fallback("compared on texts that halfbyte brings", compared.fallback.rstrip(".")))
+    if merge.warning is not None:
+        display(Warned(merge.warning))
     files = f"{merge.files} files" if merge.files > 1 else "1 file"
     if merge.onto == "4bit":
         onto = "the weights rounded to 4 bits, beside which the adapter was trained"

@@ -71,6 +71,7 @@ class Merge:
     check: MergeCheck
     compared: Compared
     seconds: float
+    warning: str | None = None  # what should be thought over
 
 
 def merge_adapter(
@@ -130,6 +131,7 @@ def merge_adapter(
             check=check,
             compared=compared,
             seconds=time.perf_counter() - began,
+            warning=_warning(found, onto),
         )
         about = json.dumps(_record(found, merge), indent=2, ensure_ascii=False)
         (folder / FILE).write_text(about + "\n", encoding="utf-8")
@@ -148,6 +150,15 @@ def start_of(found: FoundAdapter) -> dict[str, Pair] | None:
     if found.run is None or found.recipe is None or not found.recipe.lora.init.startswith("pissa"):
         return None
     return read_adapter(found.run / START).layers
+
+
+def _warning(found: FoundAdapter, onto: BaseWeights) -> str | None:
+    if onto == "4bit" or found.recipe is None or found.recipe.lora.init != "loftq":
+        return None
+    return (
+        "the adapter was trained with LoftQ and makes good what 4 bits lose, which the original "
+        "weights have not lost: merged onto these it adds an error; leave --onto original out"
+    )
 
 
 def merge_facts(merge: Merge) -> dict[str, str]:
