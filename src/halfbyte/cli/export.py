@@ -14,13 +14,14 @@ from halfbyte.errors import HalfbyteError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from halfbyte.export.agreement import Agreement
     from halfbyte.finished.exporting import Export
 
 _MERGED = "merge the adapter (halfbyte merge DIR --out MERGED)"
 # What others write better, and how.
 _ELSEWHERE = {
-    "mlx": f"--to mlx is done by Apple's own tool: {_MERGED} and run mlx_lm.convert --hf-path "
-    "MERGED -q on a Mac (docs/exporting.md).",
+    "mlx": f"--to mlx is done by MLX's own tool: {_MERGED}, pip install 'mlx-lm[cpu]' (on a Mac "
+    "mlx-lm) and run mlx_lm.convert --hf-path MERGED --mlx-path OUT -q (docs/exporting.md).",
     "onnx": "--to onnx is not written here, as no exporter takes this version of transformers: "
     f"{_MERGED} and run optimum-cli export onnx --model MERGED OUT in an environment of its own "
     "(docs/exporting.md).",
@@ -200,18 +201,19 @@ def _print(console: Console, export: Export, type: str) -> None:
 
     check = export.check
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(export.written.tensors.items()))
+    rows = f"{check.rows} rows of {visible(export.compared_on)}"
     lines = [
-        f"{visible(str(export.file))}  {bytes_text(export.nbytes)}, {type}: {kinds}",
-        f"tokens   {_tokens(check.rows, check.different)} of {visible(export.compared_on)}",
-        f"tensors  off by {check.error:.1%} of them at most ({check.tensor})",
-        f"logits   {_logits(check.logits)} from the weights before {type}",
+        f"{visible(str(export.file))}  {bytes_text(export.nbytes)}",
+        f"tensors    {kinds}; off by {check.error:.2g} of one at most",
+        f"tokens     {_tokens(check.different)} in {rows}",
+        f"logits     {_logits(check.logits)} from its weights",
     ]
     if export.trained is not None:
-        lines.append(f"         {_logits(export.trained)} from the adapter in memory")
+        lines.append(f"           {_logits(export.trained)} from the adapter")
     asked = check.llama_cpp
     if asked is not None:
-        tokens = _tokens(check.rows, asked.different)
-        lines.append(f"llama.cpp {visible(asked.version)}: {tokens}, {_logits(asked.logits)}")
+        lines.append(f"llama.cpp  {_tokens(asked.different)} in {rows}")
+        lines.append(f"           {_logits(asked.logits)} from its weights")
     if export.written.kept:
         lines.append(
             f"{len(export.written.kept)} tensors whose rows fit no block of {type} are kept in f16"
@@ -222,15 +224,12 @@ def _print(console: Console, export: Export, type: str) -> None:
         _say(console, line)
 
 
-def _tokens(rows: int, different: int) -> str:
-    return f"{rows} rows the same" if not different else f"{different} of {rows} rows differ"
+def _tokens(different: int) -> str:
+    return f"others in {different}" if different else "the same"
 
 
-def _logits(found: object) -> str:
-    from halfbyte.export.agreement import Agreement
-
-    assert isinstance(found, Agreement)
-    return f"{found.kl:.1e} nats, likeliest token the same at {found.top1:.1%},"
+def _logits(found: Agreement) -> str:
+    return f"{found.kl:.1e} nats, {found.top1:.1%} the same likeliest token,"
 
 
 def _say(console: Console, line: str) -> None:

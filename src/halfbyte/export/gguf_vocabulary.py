@@ -23,6 +23,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"  # SentencePiece's letter for a space
 # Below every score that stands for a merge.
 _NEVER_MERGED = -1e6
+_MOST_ENDS = 3  # eos, eot and eom
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ def vocabulary_of(tokenizer: Any, rows: int, ends: Collection[int], model: str) 
     eos = tokenizer.eos_token_id
     merges = [_pair(merge) for merge in backend["model"]["merges"]]
     prefix, notes = _normalized(backend, kind, model)
+    ends = (eos, *sorted(end for end in set(ends) if end != eos))
+    if len(ends) > _MOST_ENDS:
+        left = ", ".join(tokens[end] for end in ends[_MOST_ENDS:])
+        notes.append(f"a file names {_MOST_ENDS} tokens that end an answer; left out is {left}")
     return Vocabulary(
         model=kind,
         pre=pre_tokenizer_name(backend, model) if kind == "gpt2" else "default",
@@ -117,7 +122,7 @@ def vocabulary_of(tokenizer: Any, rows: int, ends: Collection[int], model: str) 
         bos=bos,
         pad=tokenizer.pad_token_id,
         unknown=tokenizer.unk_token_id,
-        ends=(eos, *sorted(end for end in set(ends) if end != eos)),
+        ends=ends,
         add_bos=bool(lead),
         add_space_prefix=prefix,
         notes=tuple(notes),

@@ -187,7 +187,10 @@ def export_gguf(
             check=check,
             trained=trained,
             compared_on=compared_on,
-            notes=(*architecture.notes, *vocabulary.notes, *chosen.notes, *notes, *more),
+            notes=(
+                *(architecture.notes + vocabulary.notes + chosen.notes),
+                *(notes + more + _of_start(what, onto)),
+            ),
         )
         record = json.dumps(_record(what, export, type, onto), indent=2, ensure_ascii=False)
         write_whole(beside[0], record + "\n")
@@ -364,6 +367,16 @@ def _trained(
     with torch.no_grad():
         whole = qlora.logits(make_batch(rows)).float().cpu()
     return compare_logits(ours, whole.split([len(row) for row in rows]))
+
+
+def _of_start(what: Exportable, onto: BaseWeights) -> tuple[str, ...]:
+    recipe = what.found.recipe if what.found is not None else None
+    if recipe is None or recipe.lora.init != "loftq" or onto == "4bit":
+        return ()
+    return (
+        "the adapter began as what 4 bits lose (LoftQ), which on the original weights is an error "
+        "that is not there: --onto 4bit is the model that was trained",
+    )
 
 
 def _require_trained(found: Agreement, type: WeightType) -> None:
