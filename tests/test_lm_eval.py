@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,17 @@ doc_to_target: "{{{{gold}}}}"
 generation_kwargs: {{until: ["o"], max_gen_toks: 12, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Rows that datasets has read are kept for these tests alone."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("datasets_cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def compare(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[DIR …]",
+            metavar="DIR …",
             help="Run folders, or adapters in PEFT's format; by default the latest run.",
         ),
     ] = None,

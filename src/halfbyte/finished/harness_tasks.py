@@ -194,6 +194,7 @@ def guarded(*, download: bool) -> Iterator[None]:
     """
     import datasets
     import huggingface_hub
+    import lm_eval.evaluator
     import lm_eval.utils
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -210,6 +211,9 @@ def guarded(*, download: bool) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(lm_eval.utils, "env", sandbox))
+        # What it would add to its results by asking git, pip and others as programs.
+        for name in ("add_env_info", "get_git_commit_hash"):
+            stack.enter_context(_replaced(lm_eval.evaluator, name, lambda *_: None))
         if importlib.util.find_spec("evaluate") is not None:
             stack.enter_context(_replaced(importlib.import_module("evaluate"), "load", refuse))
         if not download:
