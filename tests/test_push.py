@@ -138,6 +138,7 @@ def test_half_an_upload_goes_on_where_it_stopped(run: Path, hub: Repositories) -
         ("it", [], "it is no repository of a hub; write OWNER/NAME"),
         ("org/../it", [], "is no repository"),
         (REPO, ["--what", "model"], "halfbyte merge"),
+        (REPO, ["--base", "/models/base"], "--base /models/base is a path of this machine"),
         (REPO, ["--what", "gguf"], "halfbyte export"),
         (REPO, ["--what", "all"], "none of adapter, model and gguf"),
         (REPO, ["--revision", "../main"], "no name of a branch"),

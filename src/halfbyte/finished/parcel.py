@@ -18,7 +18,6 @@ from halfbyte.errors import RunError
 from halfbyte.events import read_events
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import Artifact
-from halfbyte.export.card_text import hub_name
 from halfbyte.export.derived_card import derived_card
 from halfbyte.finished.found import find_adapter
 from halfbyte.finished.parcel_files import (
@@ -33,6 +32,7 @@ from halfbyte.finished.parcel_files import (
 from halfbyte.finished.parcel_model import gguf_folder, pack_gguf, pack_model
 from halfbyte.foreign_json import read_json
 from halfbyte.model.adapter_files import CONFIG
+from halfbyte.model.package import PREFIX
 from halfbyte.redaction import redact
 
 _REPORT = ("report.html", "report.md", "report.pdf", "plots/*.png", "plots/*.svg")
@@ -116,7 +116,12 @@ def _adapter(path: Path, repo: str, base: str | None) -> Parcel:
     said = []
     config = dict(found.saved.config)
     named = config.get("base_model_name_or_path")
-    if base is None and isinstance(named, str) and hub_name(named) is None and _is_path(named):
+    if base is not None and _is_path(base):
+        raise RunError(
+            f"--base {base} is a path of this machine, which nobody else has; write OWNER/NAME, "
+            "the base model's name on the hub."
+        )
+    if base is None and isinstance(named, str) and _is_path(named):
         raise RunError(
             f"the adapter in {path} names its base model by a path of this machine ({named}), "
             "which nobody else has; add --base OWNER/NAME, its name on the hub."
@@ -204,4 +209,6 @@ def _refuse_secrets(parcel: Parcel) -> None:
 
 
 def _is_path(name: str) -> bool:
-    return Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists()
+    if name.startswith(PREFIX):
+        return False
+    return "\\" in name or Path(name).is_absolute() or name[:1] in ".~" or Path(name).exists()
