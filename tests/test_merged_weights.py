@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ pytest.importorskip("peft")
 import peft
 from bitsandbytes import functional
 
+from adapter_case import logits_of as loaded_logits
+from adapter_case import peft_adapter, peft_logits
+from command_line import halfbyte
 from family_case import FAMILIES, bitsandbytes_folder, save_family
 from halfbyte.errors import HalfbyteError, ModelError
 from halfbyte.export.merged_weights import BaseWeights, MergedWeights
@@ -23,6 +27,7 @@ from halfbyte.model.adapter_files import SavedAdapter, read_adapter
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.load import load_base
 from halfbyte.model.lora import attach_lora
+from halfbyte.model.safetensors_files import SafetensorsFiles
 from halfbyte.model.saved_scale import saved_scales
 from halfbyte.model.source import ModelSource, open_model
 from halfbyte.recipe import Recipe
@@ -122,6 +127,41 @@ def test_they_are_what_peft_merges(
         assert torch.equal(bf16, ours.bfloat16())
     assert {f"{name}.weight" for name in saved.layers} <= changed_names
     assert merged.tied == (family == "qwen3")
+
+
+# Of adapters that PEFT makes: family, settings, whether embedding and head are one matrix after.
+ENDS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}, False),
+    "head, once tied": ("qwen3", {"target_modules": ["q_proj", "lm_head"]}, False),
+    "embedding whole, once tied": ("qwen3", {"modules_to_save": ["embed_tokens"]}, False),
+    "still tied": (
+        "qwen3",
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+    "scattered rows, tied": ("qwen3", {"trainable_token_indices": [5, 9, 300]}, True),
+    "scattered rows": ("llama", {"trainable_token_indices": [9, 5, 40]}, False),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_embedding_and_head_as_peft_trains_them(
+    case: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The merged folder as transformers loads it gives the logits of PEFT's adapter."""
+    family, settings, tied = ENDS[case]
+    base, adapter, out = folders[family], tmp_path / "adapter", tmp_path / "out"
+    peft_adapter(base, adapter, **{"target_modules": ["q_proj"], **settings})
+    words = ("--onto", "original", "--dtype", "fp32", "--device", "cpu")
+    halfbyte("merge", adapter, "--out", out, *words)
+    ids = torch.randint(3, 310, (40,), generator=torch.Generator().manual_seed(3))
+    ids[::4] = 9
+    expected = peft_logits(base, adapter, ids)
+    off = (loaded_logits(out, ids) - expected).abs().max()
+    assert float(off) < 1e-4 * float(expected.std())
+    names = SafetensorsFiles.of_folder(out).names()
+    assert ("lm_head.weight" in names) == (not tied)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == tied
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])

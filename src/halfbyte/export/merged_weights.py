@@ -65,7 +65,7 @@ class MergedWeights:
         self._quantization, self._device = quantization, device
         self._start = dict(start or {}) if onto == "4bit" else {}
         self._scales = saved_scales(saved) if saved is not None else {}
-        self._layers = saved.layers if saved is not None else {}
+        self._layers = dict(saved.layers) if saved is not None else {}
         self._magnitudes = saved.magnitudes if saved is not None else {}
         model = build_skeleton(source.config, source.name)
         linears = quantized_linears(model)
@@ -81,6 +81,7 @@ class MergedWeights:
             next(f"{n}{_WEIGHT}" for n in named if model.get_submodule(n) is end) for end in ends
         )
         self._tied_in_config = ends[0].weight is ends[1].weight
+        self._head_pair = self._layers.pop(_module(self._head), None)
         self._require_layers()
         self._rows = self._trained_rows()
 
@@ -102,9 +103,13 @@ class MergedWeights:
             both = (self.source.read(name) for name in (self._embedding, self._head))
             if not torch.equal(*both):
                 return False
+        if self._head_pair is not None:
+            return False
         modules = self.saved.modules if self.saved is not None else {}
         embedding, head = (modules.get(_module(n)) for n in (self._embedding, self._head))
         if embedding is None and head is None:
+            return True
+        if self.saved is not None and self.saved.config.get("ensure_weight_tying"):
             return True
         return embedding is not None and head is not None and torch.equal(embedding, head)
 
@@ -178,12 +183,19 @@ class MergedWeights:
         return of_residual(pair)[0]
 
     def _vocabulary(self, name: str) -> Tensor:
-        """Embedding or head with the rows that were trained."""
-        rows, ids = self._rows[name]
-        if ids is None:
-            return rows.clone()
-        weight = self._read_end(name, torch.float32)
-        weight[ids] = rows.to(torch.float32)
+        """Embedding or head with what was trained of it, fp32."""
+        weight: Tensor | None = None
+        for rows, ids in self._rows[name]:
+            if ids is None:
+                weight = rows.to(torch.float32, copy=True)
+            else:
+                weight = self._read_end(name, torch.float32) if weight is None else weight
+                weight[ids] = rows.to(torch.float32)
+        if weight is None:
+            weight = self._read_end(name, torch.float32)
+        if name == self._head and self._head_pair is not None:
+            a, b = (matrix.to(torch.float32) for matrix in self._head_pair)
+            weight.addmm_(b, a, alpha=self._scales[_module(name)])
         return weight
 
     def _read_end(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -207,6 +219,8 @@ class MergedWeights:
                     f"of {self.source.name} is {list(shape)}: it belongs to another base model; "
                     "name that with --base."
                 )
+        if self._head_pair is not None:
+            self._require_head(*self._head_pair)
         for name, vector in self._magnitudes.items():
             if vector.numel() != self._shapes[f"{name}{_WEIGHT}"][0]:
                 raise ModelError(
@@ -214,14 +228,31 @@ class MergedWeights:
                     f"with {self._shapes[f'{name}{_WEIGHT}'][0]}: the adapter is damaged."
                 )
 
-    def _trained_rows(self) -> dict[str, tuple[Tensor, list[int] | None]]:
-        """By the name of embedding or head: rows [n, H], and which they are (None: all)."""
+    def _require_head(self, a: Tensor, b: Tensor) -> None:
+        head, size = _module(self._head), self._read_end(self._head).shape
+        if (len(b), a.shape[1]) != size:
+            raise ModelError(
+                f"the adapter's {head} is for a weight {[len(b), a.shape[1]]} and that of "
+                f"{self.source.name} is {list(size)}: it belongs to another base model."
+            )
+        if head in self._magnitudes:
+            raise ModelError(
+                f"the adapter has DoRA on the output head {head}, which halfbyte does not merge; "
+                "merge it with PEFT's merge_and_unload."
+            )
+
+    def _trained_rows(self) -> dict[str, list[tuple[Tensor, list[int] | None]]]:
+        """By the name of embedding or head what takes the place of the base's, one after another:
+        rows [n, H], and which they are (None: all)."""
         if self.saved is None:
             return {}
-        found: dict[str, tuple[Tensor, list[int] | None]] = {}
+        found: dict[str, list[tuple[Tensor, list[int] | None]]] = {}
         for module, weight in self.saved.modules.items():
             self._require_rows(module, weight)
-            found[f"{module}{_WEIGHT}"] = weight, None
+            found[f"{module}{_WEIGHT}"] = [(weight, None)]
+        if self.tied and len(found) == 1:  # PEFT's ensure_weight_tying
+            (whole,) = found.values()
+            found = {self._embedding: whole, self._head: [*whole]}
         for module, rows in self.saved.token_rows.items():
             name = f"{module}{_WEIGHT}"
             ids = _token_ids(self.saved, module)
@@ -232,13 +263,12 @@ class MergedWeights:
                     f"the adapter's trained rows of {module} do not fit the {size[0]:,} tokens of "
                     f"{self.source.name}: it belongs to another base model."
                 )
-            found[name] = rows, ids
-            if self.tied:
-                # PEFT has one adapter for both; here the files may hold either, or both.
-                found[self._embedding] = found[self._head] = rows, ids
-        if self._tied_in_config and not self.tied and self._head not in found:
-            # Taken apart by a trained embedding: the head stays what it was.
-            found[self._head] = self._read_end(self._head).clone(), None
+            # PEFT keeps such rows of both ends the same where the base has one weight for both.
+            both = self._tied_in_config and len(self.saved.token_rows) == 1
+            for end in (self._embedding, self._head) if both else (name,):
+                found.setdefault(end, []).append((rows, ids))
+        if self._head_pair is not None or (self._tied_in_config and not self.tied):
+            found.setdefault(self._head, [])
         return found
 
     def _require_rows(self, module: str, weight: Tensor) -> None:

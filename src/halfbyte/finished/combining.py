@@ -74,7 +74,7 @@ def combine_adapters(
     for other in adapters[1:]:
         _require_same_base(other, first, source)
     scales = [saved_scales(found.saved) for found in adapters]
-    linears = quantized_linears(build_skeleton(source.config, source.name))
+    linears = _linears(source)
     names = [n for n in linears if any(n in found.saved.layers for found in adapters)]
     if rank is None and method != "linear":
         rank = max(max(_ranks(found.saved).values()) for found in adapters)
@@ -158,7 +158,7 @@ def _write(
     others = {name: rank for name, rank in ranks.items() if rank != usual}
     saved = first.saved
     tied = bool(saved.config.get("ensure_weight_tying"))
-    linears = list(quantized_linears(build_skeleton(source.config, source.name)))
+    linears = list(_linears(source))
     nbytes = sum(4 * t.numel() for one in made.values() for t in one.pair)
     nbytes += sum(t.nbytes for t in (*saved.modules.values(), *saved.token_rows.values()))
     with new_folder(out, nbytes, "the adapter") as folder:
@@ -243,7 +243,7 @@ def _require_same_base(other: FoundAdapter, first: FoundAdapter, source: ModelSo
             "adapters of one base model can be combined; if it is one under two names, give it "
             "with --base."
         )
-    linears = quantized_linears(build_skeleton(source.config, source.name))
+    linears = _linears(source)
     for name, (a, b) in other.saved.layers.items():
         shape = (len(b), a.shape[1])
         if name not in linears or tuple(linears[name].weight.shape) != shape:
@@ -251,6 +251,14 @@ def _require_same_base(other: FoundAdapter, first: FoundAdapter, source: ModelSo
                 f"{other.folder} has an adapter of {name} for {shape[0]} × {shape[1]} weights, "
                 f"which {source.name} has not: it is of another base model."
             )
+
+
+def _linears(source: ModelSource) -> dict[str, Any]:
+    """The layers that can have an adapter, the head among them: others' adapters have it there."""
+    model = build_skeleton(source.config, source.name)
+    head = model.get_output_embeddings()
+    ends = {name: head for name, module in model.named_modules() if module is head}
+    return quantized_linears(model) | ends
 
 
 def _ranks(saved: SavedAdapter) -> dict[str, int]:
