@@ -238,3 +238,19 @@ def test_names_of_types() -> None:
     for wrong, near in (("q4km", "q4_k_m"), ("fp16", "f16"), ("int8", None), ("", None)):
         with pytest.raises(ModelError, match=near or "no type of GGUF"):
             weight_type(wrong)
+
+
+def test_rows_that_fit_no_block_stay_f16(tiny_model: Path, tmp_path: Path) -> None:
+    """Blocks have 32 weights: rows of 32 are one, and those of 48 are none, which is said."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = LlamaConfig(**settings, **heads, max_position_embeddings=64)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    out = tmp_path / "x.gguf"
+    done = halfbyte("export", tmp_path / "model", "--type", "q8_0", "--out", out)
+    assert "1 tensor whose rows fit no block of q8_0 is kept in f16" in done.stdout
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["kept_in_f16"] == ["blk.0.ffn_down.weight"]

@@ -214,14 +214,17 @@ def _print(console: Console, export: Export, type: str) -> None:
     if asked is not None:
         lines.append(f"llama.cpp  {_tokens(asked.different)} in {rows}")
         lines.append(f"           {_logits(asked.logits)} from its weights")
-    if export.written.kept:
-        lines.append(
-            f"{len(export.written.kept)} tensors whose rows fit no block of {type} are kept in f16"
-        )
-    lines += [f"note: {visible(note)}" for note in export.notes]
-    lines += [visible(str(path)) for path in export.beside]
     for line in lines:
         _say(console, line)
+    notes = [*export.notes]
+    if export.written.kept:
+        count = len(export.written.kept)
+        which, are = ("tensor", "is") if count == 1 else ("tensors", "are")
+        notes.insert(0, f"{count} {which} whose rows fit no block of {type} {are} kept in f16")
+    for note in notes:
+        console.print(f"note: {visible(note)}", markup=False, highlight=False)
+    for path in export.beside:
+        _say(console, visible(str(path)))
 
 
 def _tokens(different: int) -> str:
