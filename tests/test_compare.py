@@ -231,3 +231,5 @@ def test_what_is_wrong_is_one_sentence(run: Path, tmp_path: Path) -> None:
     assert "is a link" in halfbyte("compare", copy, code=2).stderr
     assert "neither a run folder" in halfbyte("compare", tmp_path / "outside", code=2).stderr
     assert not [*(tmp_path / "outside").iterdir()]
+    elsewhere = shutil.copytree(run / "adapter", tmp_path / "theirs")
+    assert "name prompts with --prompts" in halfbyte("compare", elsewhere, code=2).stderr

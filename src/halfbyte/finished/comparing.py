@@ -90,6 +90,11 @@ def find_places(wanted: Wanted) -> list[Place]:
     has not.
     """
     founds = [find_adapter(folder, wanted.base) for folder in wanted.folders]
+    if founds[0].run is None and wanted.prompts is None and wanted.data is None:
+        raise RunError(
+            f"{founds[0].folder} is no run, so it has no held-out rows to ask; name prompts with "
+            "--prompts, or rows with --data."
+        )
     several = len(founds) > 1
     labels = _labels([found.folder for found in founds])
     places = []
@@ -162,15 +167,15 @@ def compare(
     is prompted in the format that it was trained in. Raises HalfbyteError for what is wrong with
     prompts, rows or models.
     """
-    questions: Questions | None = None
+    questions = None if wanted.prompts is None else _typed(wanted.prompts, wanted, skip)
     answers: list[list[tuple[str, Answer]]] = []  # of each column
     for place in places:
+        if questions is not None and not questions.asked:
+            break
         on_phase(f"loading {place.found.base.name}")
         opened = open_adapter(place.found, device=wanted.device)
         if questions is None:
-            questions = find_questions(wanted, opened)
-            asked = [question for question in questions.asked if not skip(question)]
-            questions = Questions(asked, questions.source, questions.texts)
+            questions = _of_rows(wanted, opened, skip)
         if questions.asked:
             prompts = render(questions, opened)
             for variant, column in zip(place.variants, place.columns, strict=True):
@@ -179,9 +184,7 @@ def compare(
                 answers.append([*zip(prompts, given, strict=True)])
         del opened
         _free()
-        if not questions.asked:
-            break
-    assert questions is not None
+    assert questions is not None  # there is a place
     return SideBySide(
         columns=[column for place in places for column in place.columns],
         asked=[
@@ -229,30 +232,34 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def find_questions(wanted: Wanted, opened: OpenedAdapter) -> Questions:
-    """The prompts, of the file that is named or of held-out rows of which the seed draws some."""
-    if wanted.prompts is not None:
-        found = [
-            Question(
-                title,
-                messages[-1]["content"] if len(messages) == 1 else _spoken(messages),
-                None,
-                messages,
-            )
-            for title, messages in read_prompts(wanted.prompts)
-        ]
-        drawn = _drawn(len(found), wanted.rows, wanted.seed)
-        return Questions([found[place] for place in drawn], f"{wanted.prompts.name}")
+def _typed(path: Path, wanted: Wanted, skip: Callable[[Question], bool]) -> Questions:
+    """The prompts of a file, of which the seed draws some."""
+    found = read_prompts(path)
+    asked = []
+    for place in _drawn(len(found), wanted.rows, wanted.seed):
+        title, messages = found[place]
+        asked.append(Question(title, _spoken(messages), None, messages))
+    return Questions([one for one in asked if not skip(one)], path.name)
+
+
+def _of_rows(wanted: Wanted, opened: OpenedAdapter, skip: Callable[[Question], bool]) -> Questions:
+    """Held-out rows, or rows of a file, of which the seed draws some."""
     held = held_out_rows(opened.found, opened.source, data=wanted.data)
     asked = []
     for place in _drawn(len(held.rows), wanted.rows, wanted.seed):
         row = held.rows[place]
         asked.append(Question(row.at, held.template.question(row), reference(row), example=row))
     kind = "rows" if wanted.data is not None else "held-out rows"
-    return Questions(asked, f"{kind} of {held.source}", texts=held.template.name == "text")
+    return Questions(
+        [one for one in asked if not skip(one)],
+        f"{kind} of {held.source}",
+        texts=held.template.name == "text",
+    )
 
 
 def _spoken(messages: Sequence[dict[str, str]]) -> str:
+    if len(messages) == 1:
+        return messages[0]["content"]
     return "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
 
 

@@ -116,6 +116,10 @@ def side_by_side(seen: SideBySide | str | None) -> list[Block]:
         f"{_listed(names)}, the likeliest token always, up to "
         f"{figures.many(seen.max_new_tokens, 'token')}."
     )
+    cut = sum(not answer.ended for one in seen.asked for answer in one.answers)
+    if cut:
+        of = figures.count(len(seen.asked) * len(names))
+        said += f" {figures.count(cut)} of the {of} answers were cut off there."
     if len(shown) < len(seen.asked):
         said += f" The first {len(shown)} are shown; {FOLDER}/{RECORD} holds all of them."
     blocks: list[Block] = [Heading("Answers side by side"), Paragraph(said)]
