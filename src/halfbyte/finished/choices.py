@@ -165,6 +165,6 @@ def likelihoods(
     after_batch: Callable[[int], None] = lambda rows: None,
 ) -> Likelihoods:
     """ln p of each choice of ``questions``, whose ``rows`` are those of :func:`choice_rows`."""
-    found = row_losses(model, rows, after_batch=after_batch)
+    found = row_losses(model, rows, labels_only=True, after_batch=after_batch)
     borders = np.cumsum([len(question.choices) for question in questions])[:-1]
     return Likelihoods(np.split(-found.label_loss, borders), np.split(found.labels, borders))
