@@ -70,7 +70,8 @@ from halfbyte.cli.app import app
 
 names = [command.name or command.callback.__name__ for command in app.registered_commands]
 assert set(names) == {
-    "train", "init", "data", "recipe", "report", "status", "chat", "demo", "doctor", "bench"
+    "train", "init", "data", "recipe", "report", "status", "chat", "evaluate", "compare", "merge",
+    "combine", "reduce", "export", "push", "demo", "doctor", "bench"
 }, names
 for words in ([], *([name] for name in names)):
     result = CliRunner().invoke(app, [*words, "--help"])

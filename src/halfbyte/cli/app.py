@@ -9,12 +9,19 @@ import typer
 import halfbyte
 from halfbyte.cli.bench import bench
 from halfbyte.cli.chat import chat
+from halfbyte.cli.combine import combine
+from halfbyte.cli.compare import compare
 from halfbyte.cli.data import data
 from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
 from halfbyte.cli.errors import Commands
+from halfbyte.cli.evaluate import evaluate
+from halfbyte.cli.export import export
 from halfbyte.cli.init import init
+from halfbyte.cli.merge import merge
+from halfbyte.cli.push import push
 from halfbyte.cli.recipe import recipe
+from halfbyte.cli.reduce import reduce
 from halfbyte.cli.report import report
 from halfbyte.cli.status import status
 from halfbyte.cli.train import Train, train
@@ -39,6 +46,13 @@ app.command(short_help="Show a recipe's settings, each with its reason.")(recipe
 app.command(short_help="Write a run's report again, or compare several.")(report)
 app.command(short_help="Say whether a run goes on, hangs or has ended.")(status)
 app.command(short_help="Talk with a fine-tuned model.")(chat)
+app.command(short_help="Judge an adapter against its base model.")(evaluate)
+app.command(short_help="Lay the answers of several models side by side.")(compare)
+app.command(short_help="Write base model and adapter as one model.")(merge)
+app.command(short_help="Make several adapters one.")(combine)
+app.command(short_help="Give an adapter a lower rank.")(reduce)
+app.command(short_help="Write a model for llama.cpp and Ollama.")(export)
+app.command(short_help="Send an adapter or a model to a hub.")(push)
 app.command(short_help="Fine-tune a small real model here and now.")(demo)
 app.command(short_help="Say what of this machine is used, what is missing.")(doctor)
 app.command(short_help="Measure a training step and this machine.")(bench)
