@@ -72,6 +72,12 @@ def test_sides_and_order_are_drawn_and_tell_nothing() -> None:
     assert 100 < sum(other[p.key] != p.left for p in pairs) < 300
 
 
+def test_a_question_that_comes_twice_is_asked_once() -> None:
+    once = seen(3)
+    twice = SideBySide([ONE, OTHER], [*once.asked, *once.asked], "rows", 0, 3, 0.0, "1")
+    assert pairs_of(twice, seed=0) == pairs_of(once, seed=0)
+
+
 def test_the_same_answer_twice_is_not_asked() -> None:
     alike = [Said("same", 1, True, 0.1, "p"), Said(" same\n", 1, True, 0.1, "q")]
     record = SideBySide([ONE, OTHER], [Asked("row", "Q", None, alike)], "r", 0, 3, 0.0, "1")

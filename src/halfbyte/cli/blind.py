@@ -63,7 +63,8 @@ def blind_trial(wanted: Wanted, places: Sequence[Place], folder: Path) -> None:
     console = make_console()
     if tally.unreadable:
         lines = "1 line" if tally.unreadable == 1 else f"{tally.unreadable} lines"
-        console.print(f"{lines} of {tally.path} cannot be read and do not count.", style="yellow")
+        where = visible(str(tally.path))
+        console.print(f"{lines} of {where} cannot be read and do not count.", style="yellow")
     earlier = tally.asked()
 
     def judged(question: Question) -> bool:
@@ -80,7 +81,8 @@ def blind_trial(wanted: Wanted, places: Sequence[Place], folder: Path) -> None:
     for line in summary(scores(tally.choices, columns)):
         console.print(line)
     if tally.choices:
-        console.print(f"{tally.path} holds every choice; the same command goes on.", style="dim")
+        where = visible(str(tally.path))
+        console.print(f"{where} holds every choice; the same command goes on.", style="dim")
     if not whole:
         raise typer.Exit(STOPPED)
 

@@ -71,15 +71,16 @@ def pairs_of(seen: SideBySide, seed: int) -> tuple[list[Pair], int]:
     The order tells nothing of which model is which. Second: how many pairs are left out because
     both answers are the same.
     """
-    found: list[Pair] = []
+    found: dict[str, Pair] = {}  # a question that stands in two rows is asked once
     same = 0
     for asked in seen.asked:
         for one, other in combinations(range(len(seen.columns)), 2):
             if asked.answers[one].text.strip() == asked.answers[other].text.strip():
                 same += 1
             else:
-                found.append(_drawn(seen, asked, one, other, seed))
-    return sorted(found, key=lambda pair: _draw(seed, f"order {pair.key}")), same
+                pair = _drawn(seen, asked, one, other, seed)
+                found.setdefault(pair.key, pair)
+    return sorted(found.values(), key=lambda pair: _draw(seed, f"order {pair.key}")), same
 
 
 def _drawn(seen: SideBySide, asked: Asked, one: int, other: int, seed: int) -> Pair:
