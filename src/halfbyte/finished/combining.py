@@ -69,8 +69,11 @@ def combine_adapters(
         weights = [share] * len(adapters)
     for found in adapters:
         _require_plain(found, combined=True)
+    source = open_base(adapters[0])
+    adapters = [_without_copies(found, source) for found in adapters]
+    for found in adapters:
+        _require_no_rows(found)
     first = adapters[0]
-    source = open_base(first)
     for other in adapters[1:]:
         _require_same_base(other, first, source)
     scales = [saved_scales(found.saved) for found in adapters]
@@ -127,6 +130,13 @@ def reduce_adapter(
     """
     _require_plain(found, combined=False)
     source = open_base(found)
+    found = _without_copies(found, source)
+    both = found.saved.modules.keys() & found.saved.layers.keys()
+    if both:
+        raise ModelError(
+            f"{found.folder} has low ranks of {min(both)} and trained rows of it as well, which "
+            "cannot be reduced; merge it into its base with halfbyte merge."
+        )
     scales, layers = saved_scales(found.saved), found.saved.layers
     made: dict[str, Factors] = {}
     for number, (name, (a, b)) in enumerate(layers.items(), 1):
@@ -219,19 +229,37 @@ def _take_over(first: FoundAdapter, source: ModelSource, folder: Path) -> None:
         source.tokenizer.save_pretrained(folder)
 
 
+def _without_copies(found: FoundAdapter, source: ModelSource) -> FoundAdapter:
+    """Without the base's own weight of a head that has low ranks, which PEFT saves beside them."""
+    modules, there = dict(found.saved.modules), source.names()
+    model = build_skeleton(source.config, source.name)
+    embedding = next(
+        n for n, module in model.named_modules() if module is model.get_input_embeddings()
+    )
+    for name in modules.keys() & found.saved.layers.keys():
+        owner = name if f"{name}.weight" in there else embedding
+        own = source.read(f"{owner}.weight", torch.float32)
+        if own.shape == modules[name].shape and torch.equal(own, modules[name].float()):
+            del modules[name]
+    return replace(found, saved=replace(found.saved, modules=modules))
+
+
 def _require_plain(found: FoundAdapter, *, combined: bool) -> None:
-    saved, name = found.saved, found.folder
-    if saved.magnitudes:
+    if found.saved.magnitudes:
         raise ModelError(
-            f"{name} is a DoRA adapter, whose magnitudes belong to the product as it is and have "
-            f"no {'sum' if combined else 'lower rank'}; merge it into its base with halfbyte merge."
+            f"{found.folder} is a DoRA adapter, whose magnitudes belong to the product as it is "
+            f"and have no {'sum' if combined else 'lower rank'}; merge it into its base with "
+            "halfbyte merge."
         )
-    trained = [*saved.modules, *saved.token_rows]
-    if combined and trained:
+
+
+def _require_no_rows(found: FoundAdapter) -> None:
+    trained = [*found.saved.modules, *found.saved.token_rows]
+    if trained:
         raise ModelError(
-            f"{name} holds trained rows of {', '.join(trained)}, which cannot be combined with "
-            "another adapter's; merge it into its base with halfbyte merge, and train the others "
-            "on that."
+            f"{found.folder} holds trained rows of {', '.join(trained)}, which cannot be combined "
+            "with another adapter's; merge it into its base with halfbyte merge, and train the "
+            "others on that."
         )
 
 
