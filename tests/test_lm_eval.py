@@ -239,6 +239,8 @@ def test_the_command_writes_what_it_shows(
     as_json = halfbyte(*words, "--lm-eval", "answers", "--json", "--out", tmp_path / "out")
     assert json.loads(as_json.stdout)["tasks"] == ["answers"]
     assert (tmp_path / "out" / "lm_eval.json").exists()
+    both = halfbyte(*words, "--lm-eval", "texts", "--data", "rows.jsonl", code=2)
+    assert "in place of rows" in both.stderr
     assert "--lm-eval" in halfbyte("evaluate", opened.folder, "--num-fewshot", "1", code=2).stderr
 
 

@@ -107,6 +107,10 @@ def evaluate(
         lm_eval_path or lm_eval_chat or lm_eval_download or num_fewshot is not None
     ):
         raise HalfbyteError("--lm-eval-… and --num-fewshot are of tasks; name some by --lm-eval.")
+    if lm_eval is not None and (data or choices or bertscore):
+        raise HalfbyteError(
+            "--lm-eval is in place of rows; leave out --data, --choices and --bertscore."
+        )
     from transformers.utils import logging
 
     from halfbyte.finished.found import find_adapter

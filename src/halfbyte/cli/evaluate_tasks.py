@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ def evaluate_tasks(
     found: FoundAdapter, tasks: Tasks, *, device: str, out: Path | None, as_json: bool
 ) -> None:
     """Ask both models, write ``lm_eval.json`` and show its figures."""
-    manager, wanted = prepare_tasks(tasks)
     console = Console(stderr=as_json, highlight=False, markup=False, emoji=False)
+    with console.status("reading the tasks …") if console.is_terminal else nullcontext():
+        manager, wanted = prepare_tasks(tasks)
     if wanted and tasks.download:
         console.print("These data sets are fetched from the hub, if they are not here already:")
         for what in dict.fromkeys(one.what for one in wanted):
@@ -62,7 +64,7 @@ def _run(
         return run_tasks(open_adapter(found, device=device), tasks, manager, wanted)
     with console.status("loading the model …") as status:
         opened = open_adapter(found, device=device)
-        status.update("reading the tasks …")
+        status.update("building the requests …")
 
         def hear(model: str, done: int, of: int) -> None:
             status.update(f"{model}: {done:,} of {of:,} requests …")
