@@ -25,11 +25,11 @@ _ELSEWHERE = {
     "onnx": "--to onnx is not written here, as no exporter takes this version of transformers: "
     f"{_MERGED} and run optimum-cli export onnx --model MERGED OUT in an environment of its own "
     "(docs/exporting.md).",
-    "awq": "--to awq is not written by halfbyte, whose versions of torch and transformers no "
-    f"quantizer takes: {_MERGED} and run llmcompressor in an environment of its own "
+    "awq": "--to awq is not written here, as the quantizers do not install beside this version of "
+    f"transformers: {_MERGED} and run llmcompressor in an environment of its own "
     "(docs/exporting.md).",
-    "gptq": "--to gptq is not written by halfbyte, whose versions of torch and transformers no "
-    f"quantizer takes: {_MERGED} and run llmcompressor or GPTQModel in an environment of its own "
+    "gptq": "--to gptq is not written here, as the quantizers do not install beside this version "
+    f"of transformers: {_MERGED} and run llmcompressor or GPTQModel in an environment of its own "
     "(docs/exporting.md).",
 }
 _FORMATS = ("gguf", "gguf-lora", *_ELSEWHERE)
@@ -133,7 +133,8 @@ def _export(
     file = out if out is not None else _file(folder, type.name)
     require_new(file)
     _silence()
-    from halfbyte.finished.exporting import export_gguf, find_exportable
+    from halfbyte.finished.exportable import find_exportable
+    from halfbyte.finished.exporting import export_gguf
 
     def exported(said: Callable[[str, int, int], None]) -> Export:
         return export_gguf(
@@ -172,7 +173,8 @@ def _export_lora(
     require_new(file)
     _silence()
     from halfbyte.cli.units import bytes_text, visible
-    from halfbyte.finished.exporting import export_lora, find_exportable
+    from halfbyte.finished.exportable import find_exportable
+    from halfbyte.finished.exporting import export_lora
 
     alpha = export_lora(find_exportable(folder, base), file, type=type.lower())
     size = bytes_text(file.stat().st_size)

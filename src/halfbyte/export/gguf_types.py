@@ -45,36 +45,38 @@ class WeightType:
         return self.kind is None or GGML_QUANT_SIZES[self.kind][0] > 1
 
 
-# Bounds: of matrices two to three times what normally distributed weights lose, of logits two to
-# ten times what SmolLM2-135M was measured to lose, which being small loses most
-# (docs/exporting.md). Matrices tell apart what is wrong in one layer, logits what is wrong in all.
+# Bounds: of matrices about twice what normally distributed weights lose, of logits two to ten times
+# what SmolLM2-135M was measured to lose, which being small loses most (docs/exporting.md). Matrices
+# tell what is wrong in one layer, logits what is wrong in all.
 _SIMPLE = {
     "f32": (LlamaFileType.ALL_F32, _Kind.F32, 1e-5, 1e-5),
     "f16": (LlamaFileType.MOSTLY_F16, _Kind.F16, 1e-3, 1e-4),
     "bf16": (LlamaFileType.MOSTLY_BF16, _Kind.BF16, 5e-3, 2e-3),
-    "q8_0": (LlamaFileType.MOSTLY_Q8_0, _Kind.Q8_0, 0.02, 0.02),
-    "q5_1": (LlamaFileType.MOSTLY_Q5_1, _Kind.Q5_1, 0.12, 0.5),
-    "q5_0": (LlamaFileType.MOSTLY_Q5_0, _Kind.Q5_0, 0.12, 0.5),
-    "q4_1": (LlamaFileType.MOSTLY_Q4_1, _Kind.Q4_1, 0.25, 1.5),
-    "q4_0": (LlamaFileType.MOSTLY_Q4_0, _Kind.Q4_0, 0.25, 1.5),
+    "q8_0": (LlamaFileType.MOSTLY_Q8_0, _Kind.Q8_0, 0.015, 0.02),
+    "q5_1": (LlamaFileType.MOSTLY_Q5_1, _Kind.Q5_1, 0.1, 0.5),
+    "q5_0": (LlamaFileType.MOSTLY_Q5_0, _Kind.Q5_0, 0.1, 0.5),
+    "q4_1": (LlamaFileType.MOSTLY_Q4_1, _Kind.Q4_1, 0.2, 1.5),
+    "q4_0": (LlamaFileType.MOSTLY_Q4_0, _Kind.Q4_0, 0.2, 1.5),
 }
 _BY_LLAMA_CPP = {
-    "q6_k": (LlamaFileType.MOSTLY_Q6_K, 0.06, 0.1),
-    "q5_k_m": (LlamaFileType.MOSTLY_Q5_K_M, 0.12, 0.5),
-    "q5_k_s": (LlamaFileType.MOSTLY_Q5_K_S, 0.12, 0.5),
-    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, 0.25, 1.5),
-    "q4_k_s": (LlamaFileType.MOSTLY_Q4_K_S, 0.25, 1.5),
-    "iq4_nl": (LlamaFileType.MOSTLY_IQ4_NL, 0.25, 1.5),
-    "iq4_xs": (LlamaFileType.MOSTLY_IQ4_XS, 0.25, 1.5),
-    "q3_k_l": (LlamaFileType.MOSTLY_Q3_K_L, 0.45, 3.0),
-    "q3_k_m": (LlamaFileType.MOSTLY_Q3_K_M, 0.45, 3.0),
-    "q3_k_s": (LlamaFileType.MOSTLY_Q3_K_S, 0.45, 3.0),
-    "iq3_m": (LlamaFileType.MOSTLY_IQ3_M, 0.45, 3.0),
-    "iq3_s": (LlamaFileType.MOSTLY_IQ3_S, 0.45, 3.0),
-    "q2_k": (LlamaFileType.MOSTLY_Q2_K, 0.75, 6.0),
+    "q6_k": (LlamaFileType.MOSTLY_Q6_K, 0.05, 0.1),
+    "q5_k_m": (LlamaFileType.MOSTLY_Q5_K_M, 0.1, 0.5),
+    "q5_k_s": (LlamaFileType.MOSTLY_Q5_K_S, 0.1, 0.5),
+    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, 0.2, 1.0),
+    "q4_k_s": (LlamaFileType.MOSTLY_Q4_K_S, 0.2, 1.0),
+    "iq4_nl": (LlamaFileType.MOSTLY_IQ4_NL, 0.2, 1.0),
+    "iq4_xs": (LlamaFileType.MOSTLY_IQ4_XS, 0.2, 1.0),
+    "q3_k_l": (LlamaFileType.MOSTLY_Q3_K_L, 0.35, 1.5),
+    "q3_k_m": (LlamaFileType.MOSTLY_Q3_K_M, 0.35, 1.5),
+    "q3_k_s": (LlamaFileType.MOSTLY_Q3_K_S, 0.35, 1.5),
+    "q2_k": (LlamaFileType.MOSTLY_Q2_K, 0.6, 2.5),
 }
-# Types that llama.cpp makes only by an importance matrix, measured with texts.
-_BY_IMPORTANCE = ("iq1_m", "iq1_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xxs", "q2_k_s")
+# Types that llama.cpp makes only by an importance matrix, measured with texts; or without one so
+# badly that no answer is left (IQ3: 3 nats).
+_BY_IMPORTANCE = (
+    *("iq1_m", "iq1_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "q2_k_s"),
+    *("iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"),
+)
 
 TYPES = {
     **{name: WeightType(name, *rest) for name, rest in _SIMPLE.items()},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +18,12 @@ from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.batching import make_batch
 from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import own_template
-from halfbyte.errors import DataError, ModelError, RunError
-from halfbyte.events.log import FILE_NAME as EVENTS_FILE
+from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
-from halfbyte.export.card_text import public_name
 from halfbyte.export.gguf_architecture import Architecture, architecture_of
-from halfbyte.export.gguf_check import FileCheck, Row, check_file, open_file
+from halfbyte.export.gguf_check import FileCheck, check_file, open_file
 from halfbyte.export.gguf_lora import require_plain, write_lora
-from halfbyte.export.gguf_model import Described, Weights, Written, model_bytes, write_model
+from halfbyte.export.gguf_model import Weights, Written, model_bytes, write_model
 from halfbyte.export.gguf_template import FileTemplate, choose_template
 from halfbyte.export.gguf_types import TYPES, WeightType
 from halfbyte.export.gguf_vocabulary import Vocabulary, vocabulary_of
@@ -36,61 +33,20 @@ from halfbyte.export.modelfile import NO_TEMPLATE, Modelfile, go_template
 from halfbyte.export.new_file import new_file
 from halfbyte.export.new_folder import require_new
 from halfbyte.export.streamed_network import streamed_logits
-from halfbyte.export.turn_format import find_turn_format, trial_conversations
-from halfbyte.finished.found import FoundAdapter, find_adapter, open_base
+from halfbyte.export.turn_format import find_turn_format
+from halfbyte.finished.exportable import Exportable, ids_to_show, rows_to_compare
 from halfbyte.finished.merging import quantization_of, start_of
 from halfbyte.finished.opened import open_adapter
-from halfbyte.finished.rows import held_out_rows
-from halfbyte.generate.prompt import end_ids, prompt_ids
-from halfbyte.model.adapter_files import CONFIG as ADAPTER_CONFIG
+from halfbyte.generate.prompt import end_ids
 from halfbyte.model.saved_scale import saved_scales
 from halfbyte.model.skeleton import build_skeleton
-from halfbyte.model.source import ModelSource, open_model
+from halfbyte.model.source import ModelSource
 from halfbyte.plan.device import find_device
-from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.run.folder import write_whole
 
-# Shown to both models: as many rows, tokens of one, and bytes of logits at most.
-_ROWS, _LONGEST, _LOGITS_BYTES = 8, 256, 256 << 20
-# Rows whose tokens are compared.
-_TOKEN_ROWS = 64
 # What the products of a run in 16 bits may add to the distance of its logits, mean KL in nats.
 _ROUGH = 2e-2
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Exportable:
-    """What is exported: an adapter on its base (``found``), or a whole model."""
-
-    folder: Path
-    found: FoundAdapter | None
-    source: ModelSource
-
-    @property
-    def name(self) -> str:
-        recipe = self.found.recipe if self.found is not None else None
-        return (recipe.title if recipe is not None else None) or self.folder.resolve().name
-
-    @property
-    def base(self) -> str | None:
-        return None if self.found is None else public_name(self.found.base.name)
-
-    @property
-    def trained_on(self) -> str | None:
-        """The template that the recipe names."""
-        recipe = self.found.recipe if self.found is not None else None
-        return None if recipe is None else recipe.data.template
-
-    @property
-    def system(self) -> str | None:
-        """The system message that the recipe states."""
-        recipe = self.found.recipe if self.found is not None else None
-        return None if recipe is None else recipe.data.system
-
-    def described(self) -> Described:
-        by = f"halfbyte {halfbyte.__version__}"
-        return Described(self.name, self.base, self.source.licence, by)
 
 
 @dataclass(frozen=True)
@@ -106,19 +62,6 @@ class Export:
     trained: Agreement | None
     compared_on: str
     notes: tuple[str, ...]
-
-
-def find_exportable(folder: Path, base: str | None = None) -> Exportable:
-    """The run, adapter or merged model in ``folder``. Raises RunError or ModelError."""
-    adapter = (folder / EVENTS_FILE).exists() or (folder / ADAPTER_CONFIG).exists()
-    if not adapter and (folder / "config.json").exists():
-        if base is not None:
-            raise ModelError(
-                f"{folder} is a whole model, which has no base beside it; leave out --base."
-            )
-        return Exportable(folder, None, open_model(ModelRecipe(name=str(folder))))
-    found = find_adapter(folder, base)
-    return Exportable(folder, found, open_base(found))
 
 
 def export_gguf(
@@ -152,8 +95,8 @@ def export_gguf(
     chosen = choose_template(
         tokenizer, own_template(tokenizer), vocabulary, texts=what.trained_on == "text"
     )
-    rows, compared_on, notes = _rows(what, data)
-    shown = _shown(rows, int(config.vocab_size))
+    rows, compared_on, notes = rows_to_compare(what, data)
+    shown = ids_to_show(rows, int(config.vocab_size))
     first = TYPES["f16"] if type.by_llama_cpp else type
     size = model_bytes(architecture, weights, first, what.name)
     with new_file(out, size * 2 if type.by_llama_cpp else size) as partial:
@@ -294,63 +237,6 @@ def _write(
         if first != partial:
             first.unlink(missing_ok=True)
     return written.by_llama_cpp(partial)
-
-
-def _rows(what: Exportable, data: str | None) -> tuple[list[Row], str, tuple[str, ...]]:
-    """Rows to compare by, what to call them, and why it is these if not the run's own."""
-    tokenizer = what.source.tokenizer
-    found = what.found
-    notes: tuple[str, ...] = ()
-    if found is not None and (found.run is not None or data is not None):
-        try:
-            held_out = held_out_rows(found, what.source, data=data, limit=_TOKEN_ROWS)
-        except (DataError, RunError) as error:
-            if data is not None:
-                raise
-            notes = (f"compared on texts of halfbyte's own: {error}".rstrip("."),)
-        else:
-            loss_on = found.recipe.data.loss_on if found.recipe is not None else "answer"
-            rows = []
-            for example in held_out.rows:
-                for _, segments in held_out.template.rows(example, loss_on):
-                    text = "".join(segment.text for segment in segments)
-                    rows.append(Row(text, tuple(prompt_ids(tokenizer, text))))
-            _require_as_trained(rows, held_out.pieces)
-            return rows[:_TOKEN_ROWS], held_out.source, ()
-    elif data is not None:
-        raise ModelError("--data is for the rows of an adapter, and this is a whole model.")
-    talks = trial_conversations(system=False)
-    template = own_template(tokenizer)
-    texts = ["\n".join(m["content"] for m in talk) for talk in talks]
-    if template is not None:
-        with suppress(TemplateFailed):
-            texts = ChatRender(template, tokenizer)(talks, generate=True)
-    rows = [Row(text, tuple(prompt_ids(tokenizer, text))) for text in texts]
-    return rows, "texts of halfbyte's own", notes
-
-
-def _require_as_trained(rows: Sequence[Row], pieces: Sequence[TokenizedRow]) -> None:
-    """The ids made here are those that the run's rows have; what is cut is left out."""
-    whole = {tuple(int(i) for i in piece.input_ids) for piece in pieces if not piece.cut}
-    made = {row.ids for row in rows}
-    if len(whole - made) > len(whole) // 2:
-        raise ModelError(
-            "the adapter's tokenizer makes other tokens of its rows than the run did: the two are "
-            "not of one run."
-        )
-
-
-def _shown(rows: Sequence[Row], vocabulary: int) -> list[Tensor]:
-    """Ids [T] of the first rows, so many that their logits take a bounded room."""
-    budget = max(64, _LOGITS_BYTES // (4 * vocabulary))
-    found = []
-    for row in rows[:_ROWS]:
-        ids = row.ids[: min(_LONGEST, budget // _ROWS)]
-        if ids:
-            found.append(torch.tensor(ids, dtype=torch.int64))
-    if not found:
-        raise ModelError("there is no row with a token, so the file cannot be compared.")
-    return found
 
 
 def _trained(
