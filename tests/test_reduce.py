@@ -94,6 +94,8 @@ def test_no_rank_less_than_there_is_changes_nothing(
 @pytest.mark.parametrize("words", [("--rank", "2"), ("--energy", "0.8")])
 def test_what_is_lost_is_said(words: tuple[str, str], base: Path, tmp_path: Path) -> None:
     adapter, out = peft_adapter(base, tmp_path / "adapter", r=6), tmp_path / "out"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": "v1"}))
     said = halfbyte("reduce", adapter, *words, "--out", out).stdout
     before, after = read_adapter(adapter), read_adapter(out)
     s, t = saved_scales(before), saved_scales(after)
@@ -115,6 +117,7 @@ def test_what_is_lost_is_said(words: tuple[str, str], base: Path, tmp_path: Path
     assert f"{errors[worst]:.2%} at most: {worst}" in said
     card = (out / "README.md").read_text()
     assert f"{errors[worst]:.2%} at most" in card
+    assert json.loads((out / "adapter_config.json").read_text())["revision"] == "v1"
     peft_logits(base, out, IDS)
 
 

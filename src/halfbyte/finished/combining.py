@@ -187,6 +187,8 @@ def _write(
             token_ids=token_ids(saved),
             ensure_weight_tying=tied,
         )
+        if first.base.revision is not None:
+            _name_revision(folder / CONFIG, first.base.revision)
         _take_over(first, source, folder)
         about = {
             "halfbyte": halfbyte.__version__,
@@ -217,6 +219,12 @@ def error_words(errors: Errors) -> str:
         f"relative, in the Frobenius norm: {errors.largest:.2%} at most (of {errors.layer}), "
         f"{errors.mean:.2%} in the mean of the layers"
     )
+
+
+def _name_revision(path: Path, revision: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["revision"] = revision
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _take_over(first: FoundAdapter, source: ModelSource, folder: Path) -> None:
