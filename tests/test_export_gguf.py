@@ -219,6 +219,8 @@ def test_what_is_there_is_not_replaced(cases: Callable[[str], Case], tmp_path: P
         assert f"{name} is there already" in done.stderr
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
+    done = halfbyte("export", cases("llama").adapter, "--out", tmp_path / "x.json", code=2)
+    assert "is to end in .gguf" in done.stderr
 
 
 def test_a_family_that_is_not_written(tmp_path: Path, cases: Callable[[str], Case]) -> None:

@@ -97,6 +97,8 @@ def export(
         raise HalfbyteError(_ELSEWHERE[to])
     if to not in _FORMATS:
         raise HalfbyteError(f"--to {to} is none of {', '.join(_FORMATS)}.")
+    if out is not None and out.suffix != ".gguf":
+        raise HalfbyteError(f"--out {out} is to end in .gguf, as such files do.")
     from halfbyte.cli.display import make_console
 
     console = make_console()
