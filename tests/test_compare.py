@@ -14,10 +14,11 @@ import pytest
 from command_line import halfbyte
 from halfbyte.errors import DataError, RunError
 from halfbyte.finished import comparing
+from halfbyte.finished.found import find_adapter
 from halfbyte.finished.opened import OpenedAdapter, open_adapter
 from halfbyte.finished.prompt_file import read_prompts
 from halfbyte.finished.rows import held_out_rows
-from halfbyte.finished.variants import use_variant
+from halfbyte.finished.variants import use_variant, variant_names
 from halfbyte.report.side_by_side import (
     Asked,
     Column,
@@ -38,7 +39,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=y> \x1b[2J\u202eabc"
 def run(tiny_model: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared") / "run"
     settings = ["data.held_out=5", "training.epochs=2", "training.learning_rate=0.02"]
-    settings += ["checkpoints.every_steps=4", "checkpoints.keep_last=2", "precision=fp32"]
+    settings += ["checkpoints.every_steps=2", "checkpoints.keep_last=2", "precision=fp32"]
     settings += ["training.batch_size=4", "evaluation.keep=last"]
     halfbyte(
         *("train", "--model", tiny_model, "--data", tiny_rows, "--out", folder),
@@ -59,7 +60,9 @@ def test_variants_of_a_run_are_laid_side_by_side(run: Path, tmp_path: Path) -> N
     names = [column.name for column in seen.columns]
     assert names[0] == "base"
     assert names[-1] == "adapter"
-    assert len(names) > 2
+    # Two checkpoints were kept, of which the last one is the adapter.
+    assert len(names) == 3
+    assert names[1] == variant_names(find_adapter(run))[1]
     assert len({column.identity for column in seen.columns}) == len(names)
 
     opened = open_adapter(run, device="cpu")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import halfbyte.export.gguf_architecture as gguf_architecture
+import halfbyte.export.gguf.architecture as gguf_architecture
 from command_line import halfbyte
 from gguf_case import FAMILIES, TEXTS, Case, make_case
 from halfbyte.errors import ModelError
 from halfbyte.export.agreement import compare_logits
-from halfbyte.export.gguf_types import weight_type
+from halfbyte.export.gguf.types import weight_type
 
 
 @pytest.fixture(scope="module")

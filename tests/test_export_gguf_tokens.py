@@ -12,14 +12,14 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from gguf_case import TEMPLATE
 from halfbyte.data.text_template import ALPACA, TextTemplate
 from halfbyte.errors import ModelError
-from halfbyte.export.gguf_pre_tokenizer import pre_tokenizer_name
-from halfbyte.export.gguf_template import (
+from halfbyte.export.gguf.pre_tokenizer import pre_tokenizer_name
+from halfbyte.export.gguf.template import (
     LATER_TURNS,
     NO_FIRST_SPACE,
     choose_template,
     llama_cpp_ids,
 )
-from halfbyte.export.gguf_vocabulary import Vocabulary, vocabulary_of
+from halfbyte.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from halfbyte.generate.prompt import prompt_ids
 from llama_tokenizer import llama_tokenizer
 

@@ -18,7 +18,7 @@ import torch
 from command_line import halfbyte
 from gguf_case import FAMILIES, TEXTS, Case, make_case
 from halfbyte.export.agreement import Agreement, compare_logits
-from halfbyte.export.llama_cpp import PYTHON, ask_llama_cpp, find_python
+from halfbyte.export.gguf.llama_cpp import PYTHON, ask_llama_cpp, find_python
 from halfbyte.model.source import open_model
 from halfbyte.recipe.schema import ModelRecipe
 

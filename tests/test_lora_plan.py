@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.data.batching import make_batch
 from halfbyte.engine.saved import saved_bytes
-from halfbyte.export.adapter_notes import adapter_notes
+from halfbyte.export.card.adapter_notes import adapter_notes
 from halfbyte.model.source import open_model
 from halfbyte.optim.choose import make_optimizer
 from halfbyte.optim.flat import flatten_parameters

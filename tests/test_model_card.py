@@ -22,11 +22,11 @@ from halfbyte.evaluate.resampling import Estimate
 from halfbyte.evaluate.results import Figure, Results
 from halfbyte.events import EventLog
 from halfbyte.events.types import Audited, Evaluated, Kept, ModelLoaded
-from halfbyte.export.card_licence import data_licences, licence_fields
-from halfbyte.export.card_loading import with_place
-from halfbyte.export.card_metadata import on_base
-from halfbyte.export.derived_card import DerivedKind, derived_card
-from halfbyte.export.model_card import model_card
+from halfbyte.export.card.derived_card import DerivedKind, derived_card
+from halfbyte.export.card.licence import data_licences, licence_fields
+from halfbyte.export.card.loading import with_place
+from halfbyte.export.card.metadata import on_base
+from halfbyte.export.card.model_card import model_card
 from halfbyte.model.adapter_files import SavedAdapter
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.schema import ModelRecipe

@@ -12,8 +12,8 @@ from jinja2.exceptions import TemplateError
 
 from go_template_case import go_render, ollama_data
 from halfbyte.data.text_template import ALPACA, PLAIN, TextTemplate, parse_format
-from halfbyte.export.modelfile import Modelfile, go_template
-from halfbyte.export.turn_format import find_turn_format
+from halfbyte.export.gguf.modelfile import Modelfile, go_template
+from halfbyte.export.gguf.turn_format import find_turn_format
 from halfbyte.model.gguf_file import GgufFile
 
 CHATML = (

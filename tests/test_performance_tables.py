@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/reliability.md are those of the result files."""
+"""The tables of the documentation that hold measurements are those of the result files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 floors = importlib.import_module("floors")
 tables = importlib.import_module("performance_tables")
 reliability = importlib.import_module("reliability_tables")
+targets = importlib.import_module("target_tables")
 
 
 def write(folder: Path, name: str, rows: list[tuple[Any, ...]]) -> None:
@@ -34,7 +35,9 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.parametrize("of", [tables, reliability], ids=["performance", "reliability"])
+@pytest.mark.parametrize(
+    "of", [tables, reliability, targets], ids=["performance", "reliability", "targets"]
+)
 def test_the_page_is_current(of: Any) -> None:
     page = of.PAGE.read_text(encoding="utf-8")
     assert tables.render(page, tables=of.TABLES) == page, f"run python benchmarks/{of.__name__}.py"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte.cli.options import AdapterFolder, BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -17,13 +18,7 @@ if TYPE_CHECKING:
 
 
 def chat(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="DIR",
-            help="Run folder, or an adapter in PEFT's format; by default the latest run.",
-        ),
-    ] = None,
+    folder: AdapterFolder = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message (or instruction).")
     ] = None,
@@ -44,19 +39,15 @@ def chat(
         int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
     ] = 512,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of what is drawn.")] = 0,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Base model, if it is not where the adapter says."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base: BaseModel = None,
+    device: DeviceName = "auto",
 ) -> None:
     """Talk with a fine-tuned model, in the format that was trained.
 
     Text in a pipe is one message, and its answer all that is printed:
     echo "Hello" | halfbyte chat
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
+    require_device(device)
     message = None if sys.stdin.isatty() else _read_message()
     from halfbyte.cli.chat_answer import ChatSettings
     from halfbyte.run.folder import latest_run

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte.cli.options import BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError, RunError
 
 if TYPE_CHECKING:
@@ -53,19 +54,15 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE.html", help="The page [of one run: in its folder evaluation/]."),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Base model, if it is not where the adapter says."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base: BaseModel = None,
+    device: DeviceName = "auto",
 ) -> None:
     """Lay answers to the same prompts side by side: of base, checkpoints and adapter, or of several
     adapters.
 
     With --blind they are shown in pairs, without names, and you choose.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
+    require_device(device)
     if prompts is not None and data is not None:
         raise HalfbyteError("--prompts and --data both say what is asked; leave one out.")
     if out is not None and out.suffix.lower() not in (".html", ".htm"):

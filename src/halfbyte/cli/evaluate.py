@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfbyte.cli.options import AdapterFolder, BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -24,13 +25,7 @@ TOLD_EVERY = 0.1  # seconds
 
 
 def evaluate(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="DIR",
-            help="Run folder, or an adapter in PEFT's format; by default the latest run.",
-        ),
-    ] = None,
+    folder: AdapterFolder = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Rows to judge by; by default those the run held out."),
@@ -88,19 +83,15 @@ def evaluate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as one JSON object.")
     ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Base model, if it is not where the adapter says."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base: BaseModel = None,
+    device: DeviceName = "auto",
 ) -> None:
     """Judge an adapter against its base, on rows that did not train.
 
     Losses, and answers beside the references; for each figure how sure it is, and whether the
     difference may be chance. What each figure says: docs/evaluation.md.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
+    require_device(device)
     if no_generate and bertscore is not None:
         raise HalfbyteError("--bertscore is of answers, and --no-generate makes none.")
     if lm_eval is None and (

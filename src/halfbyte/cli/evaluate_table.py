@@ -56,7 +56,8 @@ def print_results(console: Console, results: Results, written: Sequence[Path]) -
 def _print_about(console: Console, results: Results) -> None:
     about = results.about
     held_out = " held-out" if about.get("held_out") else ""
-    rows = f"{about.get('rows'):,}{held_out} rows of {about.get('data')}"
+    count = about.get("rows")
+    rows = f"{count:,}{held_out} {'row' if count == 1 else 'rows'} of {about.get('data')}"
     if about.get("questions"):
         rows += f", {about.get('questions'):,} questions with choices"
     lines = (

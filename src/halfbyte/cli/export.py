@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte.cli.options import BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -71,9 +72,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The file; by default NAME-TYPE.gguf.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where the base model is, if elsewhere.")
-    ] = None,
+    base: BaseModel = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Rows to check the file with, not the run's own."),
@@ -82,15 +81,14 @@ def export(
         Path | None,
         typer.Option(metavar="PROGRAM", help="llama.cpp's llama-quantize, if not on the PATH."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Write a model for llama.cpp and Ollama, and check that it is the one that was trained.
 
     Beside FILE.gguf come FILE.json, what the check found, and FILE.Modelfile for Ollama:
     ollama create NAME -f FILE.Modelfile
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
+    require_device(device)
     if onto not in ("4bit", "original"):
         raise HalfbyteError(f"--onto {onto} is none of 4bit and original.")
     if to in _ELSEWHERE:
@@ -126,8 +124,8 @@ def _export(
     llama_quantize: Path | None,
     device: str,
 ) -> None:
-    from halfbyte.export.gguf_types import weight_type
-    from halfbyte.export.llama_cpp import find_quantizer
+    from halfbyte.export.gguf.llama_cpp import find_quantizer
+    from halfbyte.export.gguf.types import weight_type
     from halfbyte.export.new_folder import require_new
 
     type = weight_type(name)
@@ -166,7 +164,7 @@ def _export(
 def _export_lora(
     console: Console, folder: Path, type: str, out: Path | None, base: str | None
 ) -> None:
-    from halfbyte.export.gguf_lora import TYPES
+    from halfbyte.export.gguf.lora import TYPES
     from halfbyte.export.new_folder import require_new
 
     if type.lower() not in TYPES:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte.cli.options import AdapterFolder, BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -23,13 +24,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def merge(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model is written.")],
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="DIR",
-            help="Run folder, or an adapter in PEFT's format; by default the latest run.",
-        ),
-    ] = None,
+    folder: AdapterFolder = None,
     onto: Annotated[
         str, typer.Option(metavar="4bit|original", help="The weights the adapter is added to.")
     ] = "4bit",
@@ -37,14 +32,12 @@ def merge(
         "bf16"
     ),
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file.")] = "5GB",
-    base: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where the base model is, if elsewhere now.")
-    ] = None,
+    base: BaseModel = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Rows to compare both on [the run's held-out rows]."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Write base model and adapter as one model, in transformers' format.
 
@@ -60,8 +53,7 @@ def merge(
         raise HalfbyteError(f"--onto {onto} is neither 4bit nor original.")
     if dtype not in _TYPES:
         raise HalfbyteError(f"--dtype {dtype} is none of bf16, fp16 and fp32.")
-    if device not in ("auto", "cpu", "cuda"):
-        raise HalfbyteError(f"--device {device} is none of auto, cpu and cuda.")
+    require_device(device)
     size = size_of(shard_size)
     from halfbyte.export.new_folder import require_new
 

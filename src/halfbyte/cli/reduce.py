@@ -7,18 +7,13 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import AdapterFolder, BaseModel
 from halfbyte.errors import HalfbyteError
 
 
 def reduce(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter is written.")],
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="DIR",
-            help="Run folder, or an adapter in PEFT's format; by default the latest run.",
-        ),
-    ] = None,
+    folder: AdapterFolder = None,
     rank: Annotated[
         int | None, typer.Option(metavar="R", min=1, help="Rank of each layer, at most.")
     ] = None,
@@ -26,9 +21,7 @@ def reduce(
         float | None,
         typer.Option(metavar="X", help="Share to keep of the squared singular values: 0.99."),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where the base model is, if elsewhere now.")
-    ] = None,
+    base: BaseModel = None,
 ) -> None:
     """Give an adapter a lower rank.
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.data.batch import Batch, TokenizedRow
 from halfbyte.data.batching import make_batch
+from halfbyte.evaluate.original_weights import original_weights
 from halfbyte.model.causal import QLoRAModel
-from halfbyte.model.experts import NF4Experts, expert_name
 
 # Tokens in one forward pass: enough that a weight is dequantized seldom, few enough that the
 # widest activation (an MLP of 14,336 in bf16) stays near 60 MB.
@@ -93,44 +91,9 @@ def unquantized_loss(
 ) -> HeldOutLoss:
     """Held-out loss of the base model as it was before quantization, no adapter.
 
-    ``read(name)`` gives an original tensor. Each linear layer gets its original weight just
-    before it runs and loses it after, and each expert when tokens come to it, so that one of them
-    is in memory at a time; passes are long, since each of them reads the whole model.
+    ``read(name)`` gives an original tensor, see :func:`original_weights`; passes are long, since
+    each of them reads the whole model.
     """
     tokens_at_once = 4 * _tokens_at_once(model)
-    with model.adapter_on(False), _original_weights(model, read):
+    with model.adapter_on(False), original_weights(model, read):
         return held_out_loss(model, rows, tokens_at_once=tokens_at_once, after_batch=after_batch)
-
-
-@contextmanager
-def _original_weights(model: QLoRAModel, read: Callable[[str], Tensor]) -> Iterator[None]:
-    kept = {name: (layer.dense, layer.initial) for name, layer in model.linears.items()}
-    hooks = []
-    for name, layer in model.linears.items():
-        layer.initial = None  # the original weight has it
-
-        def before(module: Any, _: Any, name: str = name) -> None:
-            module.dense = read(f"{name}.weight").to(module.base.device, module.compute_dtype)
-
-        def after(module: Any, *_: Any) -> None:
-            module.dense = None
-
-        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-    mixtures = {n: m for n, m in model.network.named_modules() if isinstance(m, NF4Experts)}
-    for name, module in mixtures.items():
-
-        def original(
-            which: str, expert: int, name: str = name, dtype: torch.dtype = module.compute_dtype
-        ) -> Tensor:
-            return read(expert_name(f"{name}.{which}", expert)).to(model.device, dtype)
-
-        module.original = original
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in mixtures.values():
-            module.original = None
-        for name, layer in model.linears.items():
-            layer.dense, layer.initial = kept[name]

@@ -14,9 +14,9 @@ import torch
 
 import halfbyte
 from halfbyte.errors import ModelError
-from halfbyte.export.card_text import public_name
+from halfbyte.export.card.derived_card import derived_card
+from halfbyte.export.card.text import public_name
 from halfbyte.export.combine import Method, combine_layer
-from halfbyte.export.derived_card import derived_card
 from halfbyte.export.new_folder import new_folder
 from halfbyte.export.reduce import Errors, Factors, errors_of, reduced
 from halfbyte.finished.found import FoundAdapter, open_base, token_ids

@@ -25,7 +25,7 @@ from halfbyte.finished.found import FoundAdapter, find_adapter, require_template
 from halfbyte.finished.opened import OpenedAdapter, open_adapter
 from halfbyte.finished.prompt_file import read_prompts
 from halfbyte.finished.rows import held_out_rows
-from halfbyte.finished.variants import BASE, FINAL, use_variant, variant_names
+from halfbyte.finished.variants import BASE, FINAL, states, use_variant, variant_names
 from halfbyte.generate.answer import Answer, answer
 from halfbyte.model.adapter_files import WEIGHTS
 from halfbyte.recipe.data_schema import DataRecipe
@@ -99,7 +99,8 @@ def find_places(wanted: Wanted) -> list[Place]:
     labels = _labels([found.folder for found in founds])
     places = []
     for found, label in zip(founds, labels, strict=True):
-        variants = _variants(found, wanted.variants or ((FINAL,) if several else (EVERY,)))
+        usual = [FINAL] if several else states(found)
+        variants = _variants(found, wanted.variants) if wanted.variants else usual
         columns = []
         for variant in variants:
             name = variant

@@ -16,10 +16,10 @@ from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import own_template
 from halfbyte.errors import DataError, ModelError, RunError
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
-from halfbyte.export.card_text import public_name
-from halfbyte.export.gguf_check import Row
-from halfbyte.export.gguf_model import Described
-from halfbyte.export.turn_format import trial_conversations
+from halfbyte.export.card.text import public_name
+from halfbyte.export.gguf.check import Row
+from halfbyte.export.gguf.model import Described
+from halfbyte.export.gguf.turn_format import trial_conversations
 from halfbyte.finished.found import FoundAdapter, find_adapter, open_base
 from halfbyte.finished.rows import held_out_rows
 from halfbyte.generate.prompt import prompt_ids

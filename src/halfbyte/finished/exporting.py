@@ -20,20 +20,20 @@ from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import own_template
 from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
-from halfbyte.export.gguf_architecture import Architecture, architecture_of
-from halfbyte.export.gguf_check import FileCheck, check_file, open_file
-from halfbyte.export.gguf_lora import require_plain, write_lora
-from halfbyte.export.gguf_model import Weights, Written, model_bytes, write_model
-from halfbyte.export.gguf_template import FileTemplate, choose_template
-from halfbyte.export.gguf_types import TYPES, WeightType
-from halfbyte.export.gguf_vocabulary import Vocabulary, vocabulary_of
-from halfbyte.export.llama_cpp import Quantizer, find_python
+from halfbyte.export.gguf.architecture import Architecture, architecture_of
+from halfbyte.export.gguf.check import FileCheck, check_file, open_file
+from halfbyte.export.gguf.llama_cpp import Quantizer, find_python
+from halfbyte.export.gguf.lora import require_plain, write_lora
+from halfbyte.export.gguf.model import Weights, Written, model_bytes, write_model
+from halfbyte.export.gguf.modelfile import NO_TEMPLATE, Modelfile, go_template
+from halfbyte.export.gguf.template import FileTemplate, choose_template
+from halfbyte.export.gguf.turn_format import find_turn_format
+from halfbyte.export.gguf.types import TYPES, WeightType
+from halfbyte.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from halfbyte.export.merged_weights import BaseWeights, MergedWeights
-from halfbyte.export.modelfile import NO_TEMPLATE, Modelfile, go_template
 from halfbyte.export.new_file import new_file
 from halfbyte.export.new_folder import require_new
 from halfbyte.export.streamed_network import streamed_logits
-from halfbyte.export.turn_format import find_turn_format
 from halfbyte.finished.exportable import Exportable, ids_to_show, rows_to_compare
 from halfbyte.finished.merging import quantization_of, start_of
 from halfbyte.finished.opened import open_adapter

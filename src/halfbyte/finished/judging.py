@@ -175,9 +175,7 @@ def _judge_losses(
             f"{count - len(kept):,} of {count:,} rows have no answer to judge and are left out."
         )
     if len(kept) < ENOUGH_ROWS:
-        found.notes.append(
-            f"Of {len(kept):,} rows intervals come out too narrow; judge by {ENOUGH_ROWS} or more."
-        )
+        found.notes.append(f"Intervals from fewer than {ENOUGH_ROWS} rows come out too narrow.")
     labels, tokens = base.labels[kept], base.tokens[kept]
     # Of texts every token is learned: the two groups would be the same.
     all_learned = bool((labels == tokens).all())

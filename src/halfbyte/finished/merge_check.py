@@ -10,8 +10,8 @@ that sees configuration, names and tokenizer.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -24,11 +24,11 @@ from torch import Tensor
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.data.batching import make_batch
 from halfbyte.errors import ModelError
+from halfbyte.evaluate.original_weights import original_weights
 from halfbyte.export.agreement import Agreement, compare_logits
 from halfbyte.export.merged_weights import BaseWeights
 from halfbyte.export.streamed_network import streamed_logits
 from halfbyte.finished.opened import OpenedAdapter
-from halfbyte.kernels.dora_linear import row_squares
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.experts import NF4Experts, expert_name
 from halfbyte.model.source import ModelSource, open_model
@@ -139,47 +139,9 @@ def _compare_tokenizers(ours: Any, theirs: Any, texts: Sequence[str]) -> None:
             raise _disagrees("its tokenizer makes other tokens of the same text")
 
 
-@contextmanager
-def _weights(opened: OpenedAdapter, onto: BaseWeights) -> Iterator[None]:
-    """With the original weights in the place of those in 4 bits, each while its layer runs."""
-    if onto == "4bit":
-        yield
-        return
-    qlora, read = opened.qlora, opened.source.read
-    kept = {name: (layer.dense, layer.row_squares) for name, layer in qlora.linears.items()}
-    hooks = []
-    for name, layer in qlora.linears.items():
-
-        def before(layer: Any, _: Any, name: str = name) -> None:
-            weight = read(f"{name}.weight", torch.float32).to(layer.base.device)
-            if layer.initial is not None:  # what PiSSA took out of it stands beside it
-                a, b = layer.initial
-                weight -= layer.scale * (b @ a)
-            layer.dense = weight.to(layer.compute_dtype)
-            if layer.lora_magnitude_vector is not None:
-                layer.row_squares = row_squares(layer.dense)
-
-        def after(layer: Any, *_: Any, squares: Tensor | None = layer.row_squares) -> None:
-            layer.dense, layer.row_squares = None, squares
-
-        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-    mixtures = _mixtures(qlora)
-    for name, module in mixtures.items():
-
-        def original(which: str, expert: int, name: str = name, module: Any = module) -> Tensor:
-            weight = read(expert_name(f"{name}.{which}", expert), module.compute_dtype)
-            return weight.to(qlora.device)
-
-        module.original = original
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in mixtures.values():
-            module.original = None
-        for name, layer in qlora.linears.items():
-            layer.dense, layer.row_squares = kept[name]
+def _weights(opened: OpenedAdapter, onto: BaseWeights) -> AbstractContextManager[None]:
+    """The weights that were merged onto in the place of those in 4 bits."""
+    return nullcontext() if onto == "4bit" else original_weights(opened.qlora, opened.source.read)
 
 
 def _mixtures(qlora: QLoRAModel) -> dict[str, NF4Experts]:

@@ -15,8 +15,8 @@ import torch
 import halfbyte
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.errors import DataError, ModelError, RunError
-from halfbyte.export.card_text import public_name
-from halfbyte.export.derived_card import derived_card
+from halfbyte.export.card.derived_card import derived_card
+from halfbyte.export.card.text import public_name
 from halfbyte.export.merged_folder import MergedFolder
 from halfbyte.export.merged_weights import BaseWeights, MergedWeights
 from halfbyte.export.new_folder import new_folder

@@ -18,7 +18,7 @@ from halfbyte.errors import RunError
 from halfbyte.events import read_events
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import Artifact
-from halfbyte.export.derived_card import derived_card
+from halfbyte.export.card.derived_card import derived_card
 from halfbyte.finished.found import find_adapter
 from halfbyte.finished.parcel_files import (
     CARD,

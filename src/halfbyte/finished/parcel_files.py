@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from halfbyte.errors import RunError
-from halfbyte.export.card_loading import with_place
-from halfbyte.export.card_metadata import on_base
+from halfbyte.export.card.loading import with_place
+from halfbyte.export.card.metadata import on_base
 from halfbyte.foreign_json import read_small
 
 What = Literal["adapter", "model", "gguf"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from halfbyte.errors import RunError
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
-from halfbyte.export.card_metadata import read_metadata
-from halfbyte.export.card_text import hub_name
-from halfbyte.export.derived_card import bare_card, derived_card
+from halfbyte.export.card.derived_card import bare_card, derived_card
+from halfbyte.export.card.metadata import read_metadata
+from halfbyte.export.card.text import hub_name
 from halfbyte.finished.found import find_adapter
 from halfbyte.finished.parcel_files import CARD, Parcel, chosen_files, inside, is_text, own_card
 from halfbyte.foreign_json import read_json

@@ -9,6 +9,8 @@ import torch
 
 from halfbyte.checkpoint.files import ADAPTER, checkpoints_in, load_checkpoint
 from halfbyte.errors import RunError
+from halfbyte.events import read_events
+from halfbyte.events.types import Kept
 from halfbyte.finished.found import FoundAdapter
 from halfbyte.finished.opened import OpenedAdapter
 
@@ -19,6 +21,13 @@ def variant_names(found: FoundAdapter) -> list[str]:
     """``base``, ``step-N`` of each checkpoint that the run kept, ``adapter``."""
     steps = checkpoints_in(found.run / "checkpoints") if found.run is not None else []
     return [BASE, *(path.name for path in steps), FINAL]
+
+
+def states(found: FoundAdapter) -> list[str]:
+    """Those of ``variant_names`` that differ: without the checkpoint of the step that was kept."""
+    events = read_events(found.run) if found.run is not None else []
+    kept = [r.event.step for r in events if isinstance(r.event, Kept)]
+    return [name for name in variant_names(found) if name not in {f"step-{n}" for n in kept[-1:]}]
 
 
 @contextmanager

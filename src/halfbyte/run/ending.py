@@ -23,8 +23,8 @@ from halfbyte.events.types import (
     ModelLoaded,
 )
 from halfbyte.export.adapter_folder import write_adapter_folder
-from halfbyte.export.adapter_notes import adapter_notes
-from halfbyte.export.model_card import model_card
+from halfbyte.export.card.adapter_notes import adapter_notes
+from halfbyte.export.card.model_card import model_card
 from halfbyte.generate.answer import answer
 from halfbyte.model.adapter_files import read_adapter
 from halfbyte.model.experts import mistaken_for_experts

@@ -29,6 +29,7 @@ CONTENTS = (
     "checkpoints",
     "plots",
     "evaluation",
+    "export",
     "tensorboard",
     "wandb",
     "trackers.json",

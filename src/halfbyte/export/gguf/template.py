@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.data.chat_render import ChatRender, TemplateFailed
-from halfbyte.export.gguf_vocabulary import Vocabulary
-from halfbyte.export.turn_format import Messages, trial_conversations
+from halfbyte.export.gguf.turn_format import Messages, trial_conversations
+from halfbyte.export.gguf.vocabulary import Vocabulary
 from halfbyte.generate.prompt import prompt_ids
 
 _SPACE = "\u2581"

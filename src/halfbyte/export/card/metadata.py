@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from halfbyte.errors import RunError
-from halfbyte.export.card_text import front_matter, hub_name
+from halfbyte.export.card.text import front_matter, hub_name
 
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LONGEST = 100_000

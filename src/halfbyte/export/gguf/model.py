@@ -16,9 +16,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from halfbyte.errors import ModelError
-from halfbyte.export.gguf_architecture import Architecture, rope_tensor_name
-from halfbyte.export.gguf_types import WeightType
-from halfbyte.export.gguf_vocabulary import Vocabulary
+from halfbyte.export.gguf.architecture import Architecture, rope_tensor_name
+from halfbyte.export.gguf.types import WeightType
+from halfbyte.export.gguf.vocabulary import Vocabulary
 from halfbyte.model.skeleton import build_skeleton
 
 _Kind = GGMLQuantizationType

@@ -11,9 +11,9 @@ import halfbyte
 from halfbyte.errors import HalfbyteError
 from halfbyte.events import read_events
 from halfbyte.events.types import Audited, Evaluated, Kept, ModelLoaded
-from halfbyte.export.card_loading import loading_lines
-from halfbyte.export.card_text import escape, public_name
-from halfbyte.export.model_card import NOTES, assemble, model_card
+from halfbyte.export.card.loading import loading_lines
+from halfbyte.export.card.model_card import NOTES, assemble, model_card
+from halfbyte.export.card.text import escape, public_name
 from halfbyte.foreign_json import read_small
 from halfbyte.model.adapter_files import SavedAdapter
 from halfbyte.model.folder import read_licence

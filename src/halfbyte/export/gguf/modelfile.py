@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from halfbyte.export.turn_format import Around, TurnFormat
+from halfbyte.export.gguf.turn_format import Around, TurnFormat
 
 _LAST = "eq (len (slice $.Messages $i)) 1"
 _SYSTEM = "{{ $.System }}"

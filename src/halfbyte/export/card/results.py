@@ -10,7 +10,7 @@ from typing import Any
 from halfbyte.evaluate.figure_text import GROUPS, interval_text
 from halfbyte.evaluate.results import Results, read_results
 from halfbyte.events.types import Evaluated, Kept
-from halfbyte.export.card_text import escape, hub_name, public_name, table
+from halfbyte.export.card.text import escape, hub_name, public_name, table
 from halfbyte.recipe import Recipe
 
 _MODELS = {"base": "base", "quantized base": "base in 4 bits", "adapter": "adapter"}

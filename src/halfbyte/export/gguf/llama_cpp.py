@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from halfbyte.errors import ModelError
-from halfbyte.export import llama_worker
-from halfbyte.export.gguf_types import WeightType
+from halfbyte.export.gguf import llama_worker
+from halfbyte.export.gguf.types import WeightType
 
 # A Python that has llama-cpp-python, where halfbyte's own has it not.
 PYTHON = "HALFBYTE_LLAMA_PYTHON"

@@ -9,16 +9,16 @@ from typing import Any
 import yaml
 
 from halfbyte.events.types import Audited, Evaluated, Kept, ModelLoaded
-from halfbyte.export.card_licence import NOT_STATED, data_licences, licence_fields
-from halfbyte.export.card_loading import Kind, loading_lines
-from halfbyte.export.card_results import (
+from halfbyte.export.card.licence import NOT_STATED, data_licences, licence_fields
+from halfbyte.export.card.loading import Kind, loading_lines
+from halfbyte.export.card.results import (
     evaluation_lines,
     held_out_losses,
     loss_lines,
     model_index,
 )
-from halfbyte.export.card_text import code, escape, fenced, front_matter, hub_name, public_name
-from halfbyte.export.card_text import table as markdown_table
+from halfbyte.export.card.text import code, escape, fenced, front_matter, hub_name, public_name
+from halfbyte.export.card.text import table as markdown_table
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.subject import is_medical
 

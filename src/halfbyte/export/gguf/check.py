@@ -14,12 +14,12 @@ from halfbyte.data.batch import Segment
 from halfbyte.data.tokenize import tokenize_rows
 from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
-from halfbyte.export.gguf_model import probe
-from halfbyte.export.gguf_pre_tokenizer import WHOLE_WORDS
-from halfbyte.export.gguf_template import llama_cpp_ids
-from halfbyte.export.gguf_types import WeightType
-from halfbyte.export.gguf_vocabulary import Vocabulary
-from halfbyte.export.llama_cpp import ask_llama_cpp
+from halfbyte.export.gguf.llama_cpp import ask_llama_cpp
+from halfbyte.export.gguf.model import probe
+from halfbyte.export.gguf.pre_tokenizer import WHOLE_WORDS
+from halfbyte.export.gguf.template import llama_cpp_ids
+from halfbyte.export.gguf.types import WeightType
+from halfbyte.export.gguf.vocabulary import Vocabulary
 from halfbyte.export.streamed_network import streamed_logits
 from halfbyte.model.source import ModelSource, open_model
 from halfbyte.recipe.schema import ModelRecipe

@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Literal
 
-from halfbyte.export.card_text import clean, fenced, hub_name, public_name
+from halfbyte.export.card.text import clean, fenced, hub_name, public_name
 from halfbyte.recipe.schema import QuantizationRecipe
 
 Kind = Literal["adapter", "combination", "merge", "quantized"]

@@ -17,7 +17,7 @@ from gguf import TokenType
 
 from halfbyte.data.tokenize import leading_ids
 from halfbyte.errors import ModelError
-from halfbyte.export.gguf_pre_tokenizer import pre_tokenizer_name
+from halfbyte.export.gguf.pre_tokenizer import pre_tokenizer_name
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"  # SentencePiece's letter for a space

@@ -12,8 +12,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFType
 
 from halfbyte.errors import ModelError
-from halfbyte.export.gguf_architecture import Architecture
-from halfbyte.export.gguf_model import Described
+from halfbyte.export.gguf.architecture import Architecture
+from halfbyte.export.gguf.model import Described
 from halfbyte.model.adapter_files import SavedAdapter
 
 TYPES = {

@@ -1,0 +1,1 @@
+"""What is said of an adapter or a model beside its files."""

@@ -1,0 +1,1 @@
+"""A model and an adapter as llama.cpp and Ollama take them."""
