@@ -13,13 +13,17 @@ INSTALLED := pyproject.toml constraints.txt
 # Programs that look at the dependencies, in an environment of their own.
 TOOLS := $(VENV)-tools
 
-.PHONY: demo test fuzz chaos check schema lock locked audit clean
+.PHONY: demo test pages fuzz chaos check schema lock locked audit clean
 
 demo: $(VENV)/.run
 	$(BIN)/halfbyte demo
 
 test: $(VENV)/.test
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The commands of docs/after-training.md, as they stand there: five minutes.
+pages: $(VENV)/.test
+	PAGES=1 $(BIN)/pytest tests/test_after_training.py
 
 # Files made wrong by chance, 20,000 of them, and what the commands say to each: half an hour.
 fuzz: $(VENV)/.test
