@@ -232,11 +232,26 @@ def test_a_run_folder_that_cannot_be_made(place: Path) -> None:
     assert "cannot be made" in told
 
 
-@pytest.mark.parametrize("command", [["train", "--resume"], ["report"], ["chat"]])
-def test_no_run_to_go_on_with(place: Path, command: list[str]) -> None:
+RUN = ("holds no run", "does not exist")
+ADAPTER = ("neither a run folder nor an adapter", "there is no folder")
+
+
+@pytest.mark.parametrize(
+    ("command", "other", "nothing"),
+    [
+        (["train", "--resume"], *RUN),
+        (["report"], *RUN),
+        (["chat"], *ADAPTER),
+        (["evaluate"], *ADAPTER),
+        (["compare"], *ADAPTER),
+        (["merge", "--out", "merged"], *ADAPTER),
+        (["reduce", "--rank", "2", "--out", "small"], *ADAPTER),
+    ],
+)
+def test_no_run_to_go_on_with(place: Path, command: list[str], other: str, nothing: str) -> None:
     assert "no latest run" in refused(place, *command)
-    assert "holds no run" in refused(place, *command, "model")
-    assert "does not exist" in refused(place, *command, "nowhere")
+    assert other in refused(place, *command, "model")
+    assert nothing in refused(place, *command, "nowhere")
 
 
 def test_resume_takes_no_other_recipe(place: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from halfbyte.finished.merging import Merge
 
 _ONTO = ("4bit", "original")
-_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_TYPES = ("bf16", "fp16", "fp32")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -91,11 +91,11 @@ def _merge(
 
     named = folder or latest_run()
     with display.phase("opening"):
-        import torch
         from transformers.utils import logging
 
         from halfbyte.finished.found import find_adapter
         from halfbyte.finished.merging import merge_adapter
+        from halfbyte.run.precision import DTYPES
 
         logging.set_verbosity_error()  # its advice is for programmers
         found = find_adapter(named, base)
@@ -104,7 +104,7 @@ def _merge(
         found,
         out,
         onto="4bit" if onto == "4bit" else "original",
-        dtype=getattr(torch, _TYPES[dtype]),
+        dtype=DTYPES[dtype],
         shard_bytes=size,
         device=device,
         data=data,

@@ -126,7 +126,8 @@ def open_bert(name: str, layer: int | None = None) -> BertScorer:
             trust_remote_code=False,
             local_files_only=True,
             dtype=torch.float32,
-        ).eval()
+        )
+        model.eval()
     except BaseException as error:  # transformers raises many kinds, each about the files' content
         if not isinstance(error, Exception) and not gave_up(error):
             raise
