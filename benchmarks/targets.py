@@ -33,7 +33,7 @@ from halfbyte.finished.opened import OpenedAdapter, open_adapter
 from halfbyte.finished.rows import HeldOut, held_out_rows
 from record import write_results
 
-LONGEST = 192  # tokens of a row
+LONGEST = 128  # tokens of a row
 ADAPTER, ORIGINAL = "adapter on 4 bits", "adapter on original weights"
 
 
