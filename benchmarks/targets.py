@@ -50,10 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--only", default="", help="targets whose names begin so, with commas")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/")
     asked = parser.parse_args()
+    only = tuple(part.strip() for part in asked.only.split(","))
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = [*measure(asked.run, asked.rows, Path(folder))]
+        for row in measure(asked.run, asked.rows, Path(folder), only):
+            rows.append(row)
+            if asked.write:  # each time: all of it takes a quarter of an hour
+                write_results("targets", [line for one in rows for line in one.lines()])
     print(f"{'target':34} {'loaded by':14} {'largest':>9} {'mean':>9} {'KL':>9} {'top 1':>7}")
     for row in rows:
         found = row.agreement
@@ -61,8 +67,6 @@ def main() -> None:
             f"{row.target:34} {row.program:14} {found.largest:9.2g} {found.mean:9.2g} "
             f"{found.kl:9.2g} {found.top1:7.1%}  tokens {row.tokens}"
         )
-    if asked.write:
-        write_results("targets", [line for row in rows for line in row.lines()])
 
 
 class _Plain(argparse.RawDescriptionHelpFormatter):
@@ -92,30 +96,28 @@ class Row:
             }
 
 
-def measure(run: Path, count: int, folder: Path) -> Iterable[Row]:
+def measure(run: Path, count: int, folder: Path, only: tuple[str, ...]) -> Iterable[Row]:
     opened = open_adapter(run, device="cpu")
     held_out = held_out_rows(opened.found, opened.source, limit=count)
     shown = _shown(opened, held_out)
     ours = {ADAPTER: _logits(opened, shown.ids)}
-    read = opened.source.read
-    with original_weights(opened.qlora, read):
-        ours[ORIGINAL] = _logits(opened, shown.ids)
+    if any("merged onto original".startswith(o[:20]) or "GGUF LoRA".startswith(o) for o in only):
+        with original_weights(opened.qlora, opened.source.read):
+            ours[ORIGINAL] = _logits(opened, shown.ids)
 
     def row(target: str, program: str, logits: Sequence[Tensor], tokens: str, to: str) -> Row:
         return Row(target, program, to, compare_logits(logits, ours[to]), tokens)
 
-    yield row("adapter", "PEFT", _by_peft(opened, run / "adapter", shown.ids), "–", ADAPTER)
-    small = folder / "reduced"
-    halfbyte("reduce", run, "--energy", "0.9999", "--out", small)
-    yield row(
-        "adapter, reduced to energy 0.9999",
-        "PEFT",
-        _by_peft(opened, small, shown.ids),
-        "–",
-        ADAPTER,
-    )
+    if "adapter".startswith(only):
+        yield row("adapter", "PEFT", _by_peft(opened, run / "adapter", shown.ids), "–", ADAPTER)
+    if (name := "adapter, reduced to energy 0.9999").startswith(only):
+        small = folder / "reduced"
+        halfbyte("reduce", run, "--energy", "0.9999", "--out", small)
+        yield row(name, "PEFT", _by_peft(opened, small, shown.ids), "–", ADAPTER)
     for onto, to in (("4bit", ADAPTER), ("original", ORIGINAL)):
         for dtype in ("bf16", "fp32"):
+            if not f"merged onto {onto}, {dtype}".startswith(only):
+                continue
             out = folder / f"merged-{onto}-{dtype}"
             halfbyte("merge", run, "--onto", onto, "--dtype", dtype, "--out", out)
             logits, tokens = _by_transformers(out, shown)
@@ -125,6 +127,8 @@ def measure(run: Path, count: int, folder: Path) -> Iterable[Row]:
     python = find_python()
     types = ["f32", "f16", "q8_0", *(["q6_k", "q5_k_m", "q4_k_m"] if python else []), "q4_0"]
     for kind in types:
+        if not f"GGUF {kind}".startswith(only):
+            continue
         file = folder / f"{kind}.gguf"
         halfbyte("export", run, "--to", "gguf", "--type", kind, "--out", file)
         logits, tokens = _by_transformers(folder, shown, file.name)
@@ -133,7 +137,7 @@ def measure(run: Path, count: int, folder: Path) -> Iterable[Row]:
             logits, tokens = _by_llama_cpp(python, file, shown)
             yield row(f"GGUF {kind}", "llama.cpp", logits, tokens, ADAPTER)
         file.unlink()
-    if python:
+    if python and "GGUF LoRA".startswith(only):
         base, lora = folder / "base.gguf", folder / "lora.gguf"
         _base_gguf(opened, base)
         halfbyte("export", run, "--to", "gguf-lora", "--out", lora)
