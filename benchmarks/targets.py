@@ -181,7 +181,7 @@ def _logits(opened: OpenedAdapter, rows: Sequence[Sequence[int]]) -> list[Tensor
 
 @torch.no_grad()
 def _asked(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    model = model.float().eval()
+    model = model.eval()
     return [model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows]
 
 
