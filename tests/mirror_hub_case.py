@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from huggingface_hub import ModelCard
@@ -208,3 +209,14 @@ def serving() -> Iterator[tuple[Repositories, str]]:
         hub.released.set()
         server.shutdown()
         server.server_close()
+
+
+def environment(address: str, folder: Path) -> dict[str, str]:
+    """What leads the hub's client to ``address``, logged in, its own files below ``folder``."""
+    return {
+        "HF_ENDPOINT": address,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(folder / "hub_home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }

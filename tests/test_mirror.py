@@ -22,7 +22,7 @@ from halfbyte.mirror import folder_target
 from halfbyte.mirror.mirror import Mirror, names_in
 from halfbyte.run.mirroring import bring_back
 from halfbyte.run.restore import restore
-from mirror_hub_case import SIGNATURE, TOKEN, Repositories, serving
+from mirror_hub_case import SIGNATURE, TOKEN, Repositories, environment, serving
 
 RUN = "the-run"
 
@@ -545,13 +545,7 @@ def test_places_that_are_no_mirror(case: Case) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Repositories]:
     with serving() as (hub, address):
-        for name, value in {
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(tmp_path / "hub_home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }.items():
+        for name, value in environment(address, tmp_path).items():
             monkeypatch.setenv(name, value)
         yield hub
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from command_line import halfbyte
-from mirror_hub_case import SIGNATURE, TOKEN, Repositories, serving
+from mirror_hub_case import SIGNATURE, TOKEN, Repositories, environment, serving
 
 REPO, BASE = "org/it", "maker/base-model"
 SENT = {
@@ -39,13 +39,7 @@ def run(tiny_model: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Repositories]:
     with serving() as (hub, address):
-        for name, value in {
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(tmp_path / "hub_home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }.items():
+        for name, value in environment(address, tmp_path).items():
             monkeypatch.setenv(name, value)
         yield hub
 
