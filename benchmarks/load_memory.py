@@ -16,15 +16,12 @@ Prints a table; ``--write`` writes results/load_memory.json.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import write_results
+from peak_memory import finish, measure, reset_peak, status
 
 ALLOWANCE = 300_000_000  # bytes
 CASES = {
@@ -52,20 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders = make_folders(Path(scratch), args.layers, args.hidden, args.vocabulary)
         for case, (tool, folder, rest) in CASES.items():
-            command = [sys.executable, __file__, "--child", tool, str(folders[folder]), rest]
-            child = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            figures = json.loads(child.stdout.splitlines()[-1])
-            show(case, tool, figures)
-            rows += [
-                {"case": case, "tool": tool, "metric": metric, "value": value, "unit": unit}
-                for metric, (value, unit) in figures.items()
-            ]
-    if args.write:
-        written = write_results("load_memory", rows).read_text(encoding="utf-8")
-        print(json.dumps(json.loads(written)))
-    over = [r["case"] for r in rows if r["metric"] == "share of bound" and r["value"] > 1]
-    if over:
-        sys.exit(f"over the bound: {', '.join(over)}")
+            rows += measure(case, tool, __file__, [tool, str(folders[folder]), rest])
+    finish("load_memory", rows, write=args.write)
 
 
 def make_folders(scratch: Path, layers: int, hidden: int, vocabulary: int) -> dict[str, Path]:
@@ -197,26 +182,6 @@ def load_transformers(folder: Path) -> dict[str, tuple[float, str]]:
         "peak above start": (peak - before, "bytes"),
         "whole process at peak": (peak, "bytes"),
     }
-
-
-def reset_peak() -> int:
-    """Forget the high-water mark of resident memory; returns what is resident now."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(key: str) -> int:
-    """A figure of /proc/self/status in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{key}:")[1].split()[0]) * 1024
-
-
-def show(case: str, tool: str, figures: dict[str, tuple[float, str]]) -> None:
-    print(f"{tool}: {case}")
-    for metric, (value, unit) in figures.items():
-        text = f"{value / 1e6:,.1f} MB" if unit == "bytes" else f"{value:,.2f} {unit}".rstrip()
-        print(f"    {metric:<28}{text:>16}")
 
 
 if __name__ == "__main__":

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from load_memory import make_folders, reset_peak, show, status
-from record import write_results
+from load_memory import make_folders
+from peak_memory import finish, measure, reset_peak, status
 
 ALLOWANCE = 100_000_000  # bytes
 CASES = {
@@ -53,20 +51,8 @@ def main() -> None:
         adapter = make_adapter(base, Path(scratch) / "adapter")
         for number, (case, (tool, onto)) in enumerate(CASES.items()):
             out = Path(scratch) / f"merged-{number}"
-            command = [sys.executable, __file__, "--child", tool, str(adapter), str(out), onto]
-            child = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            figures = json.loads(child.stdout.splitlines()[-1])
-            show(case, tool, figures)
-            rows += [
-                {"case": case, "tool": tool, "metric": metric, "value": value, "unit": unit}
-                for metric, (value, unit) in figures.items()
-            ]
-    if args.write:
-        written = write_results("merge_memory", rows).read_text(encoding="utf-8")
-        print(json.dumps(json.loads(written)))
-    over = [r["case"] for r in rows if r["metric"] == "share of bound" and r["value"] > 1]
-    if over:
-        sys.exit(f"over the bound: {', '.join(over)}")
+            rows += measure(case, tool, __file__, [tool, str(adapter), str(out), onto])
+    finish("merge_memory", rows, write=args.write)
 
 
 def make_adapter(base: Path, folder: Path) -> Path:

@@ -197,13 +197,13 @@ def wrong_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def missing_layer(patch: pytest.MonkeyPatch) -> None:
-    real = MergedWeights._require_layers
+    real = MergedWeights._require_magnitudes
 
     def without(self: MergedWeights) -> None:
         real(self)
         self._layers = {n: p for n, p in self._layers.items() if n != "model.layers.1.mlp.up_proj"}
 
-    patch.setattr(MergedWeights, "_require_layers", without)
+    patch.setattr(MergedWeights, "_require_magnitudes", without)
 
 
 def transposed(patch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_leaves_nothing(
     halfbyte(*words, tmp_path / "whole")
     pages = {p.name: -(-p.stat().st_size // 4096) for p in (tmp_path / "whole").iterdir()}
     assert "GB free" in refusal(*words, small_disk / "merged")  # looked at before
-    monkeypatch.setattr("halfbyte.export.new_folder._require_space", lambda *_: None)
+    monkeypatch.setattr("halfbyte.export.new_folder.require_space", lambda *_: None)
     weights, tokenizer = pages["model.safetensors"], pages["tokenizer.json"]
     filler = small_disk / "filler"
     for free in (weights // 2, weights, weights + 2 + tokenizer // 2, sum(pages.values()) - 1):

@@ -66,7 +66,7 @@ def combine(
     if density is not None and not 0.0 < density <= 1.0:
         raise HalfbyteError(f"--density {density:g} is no share above 0 and up to 1.")
     numbers = None if weights is None else _weights(weights, len(folders))
-    from halfbyte.export.new_folder import require_new
+    from halfbyte.export.disk import require_new
 
     require_new(out)
     from halfbyte.cli.display import Display

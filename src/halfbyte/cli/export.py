@@ -124,9 +124,9 @@ def _export(
     llama_quantize: Path | None,
     device: str,
 ) -> None:
+    from halfbyte.export.disk import require_new
     from halfbyte.export.gguf.llama_cpp import find_quantizer
     from halfbyte.export.gguf.types import weight_type
-    from halfbyte.export.new_folder import require_new
 
     type = weight_type(name)
     quantizer = find_quantizer(llama_quantize) if type.by_llama_cpp else None
@@ -164,8 +164,8 @@ def _export(
 def _export_lora(
     console: Console, folder: Path, type: str, out: Path | None, base: str | None
 ) -> None:
+    from halfbyte.export.disk import require_new
     from halfbyte.export.gguf.lora import TYPES
-    from halfbyte.export.new_folder import require_new
 
     if type.lower() not in TYPES:
         raise HalfbyteError(f"--type {type} is none of {', '.join(TYPES)}, as an adapter takes.")

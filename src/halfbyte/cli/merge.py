@@ -55,7 +55,7 @@ def merge(
         raise HalfbyteError(f"--dtype {dtype} is none of bf16, fp16 and fp32.")
     require_device(device)
     size = size_of(shard_size)
-    from halfbyte.export.new_folder import require_new
+    from halfbyte.export.disk import require_new
 
     require_new(out)
     from halfbyte.cli.display import Display

@@ -32,7 +32,7 @@ def reduce(
         raise HalfbyteError("say either --rank R or --energy X, as --energy 0.99.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise HalfbyteError(f"--energy {energy:g} is no share above 0 and up to 1.")
-    from halfbyte.export.new_folder import require_new
+    from halfbyte.export.disk import require_new
 
     require_new(out)
     from halfbyte.cli.combine import show_adapter

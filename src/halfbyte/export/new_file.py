@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.errors import RunError
-from halfbyte.export.new_folder import require_new
+from halfbyte.export.disk import require_new, require_space, sync
 from halfbyte.model.wording import reason
 
 # Left free on the disk beside what is written.
@@ -30,17 +29,12 @@ def new_file(out: Path, size: int = 0) -> Iterator[Path]:
     whole = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < size + _SPARE:
-            raise RunError(
-                f"{out} will take {(size + _SPARE) / 1e9:.2f} GB, and its disk has "
-                f"{free / 1e9:.2f} GB free: make room, or name an --out on another disk."
-            )
+        require_space(out, size + _SPARE, out.name)
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         require_new(out)
         os.replace(partial, out)
+        sync(out.parent)
         whole = True
     except OSError as error:
         raise RunError(

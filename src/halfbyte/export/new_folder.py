@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.errors import HalfbyteError, RunError
+from halfbyte.export.disk import require_new, require_space, sync, sync_tree
 from halfbyte.model.wording import reason
 
 # Beside the weights: a tokenizer takes up to 35 MB, the rest little.
 BESIDE = 48 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -32,16 +31,16 @@ def new_folder(out: Path, size: int = 0, what: str = "the model") -> Iterator[Pa
         out.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():  # of one that was killed
             shutil.rmtree(partial)
-        _require_space(out, size, what)
+        require_space(out, size + BESIDE, what)
         partial.mkdir()
     except OSError as error:
         raise RunError(f"{out} cannot be written: {reason(error)}; name another --out.") from error
     try:
         yield partial
-        _sync(partial)
+        sync_tree(partial)
         require_new(out)
         os.rename(partial, out)
-        _sync_folder(out.parent)
+        sync(out.parent)
     except HalfbyteError:
         raise
     except Exception as error:  # libraries written in Rust have errors of their own for a full disk
@@ -55,41 +54,8 @@ def new_folder(out: Path, size: int = 0, what: str = "the model") -> Iterator[Pa
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_new(out: Path) -> None:
-    """Raise RunError where there is something called ``out`` already."""
-    if os.path.lexists(out):
-        raise RunError(f"{out} is there already and is not replaced; name another --out.")
-
-
-def _require_space(out: Path, size: int, what: str) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < size + BESIDE:
-        raise RunError(
-            f"{what} will take {(size + BESIDE) / 1e9:.2f} GB, and the disk of {out} has "
-            f"{free / 1e9:.2f} GB free: make room, or name an --out on another disk."
-        )
-
-
 def _is_of_disk(error: Exception) -> bool:
     if isinstance(error, OSError):
         return True
     words = str(error).lower()
     return any(sign in words for sign in ("no space left", "storagefull", "disk quota", "os error"))
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

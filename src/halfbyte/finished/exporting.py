@@ -20,6 +20,7 @@ from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import own_template
 from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
+from halfbyte.export.disk import require_new
 from halfbyte.export.gguf.architecture import Architecture, architecture_of
 from halfbyte.export.gguf.check import FileCheck, check_file, open_file
 from halfbyte.export.gguf.llama_cpp import Quantizer, find_python
@@ -32,7 +33,6 @@ from halfbyte.export.gguf.types import TYPES, WeightType
 from halfbyte.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from halfbyte.export.merged_weights import BaseWeights, MergedWeights
 from halfbyte.export.new_file import new_file
-from halfbyte.export.new_folder import require_new
 from halfbyte.export.streamed_network import streamed_logits
 from halfbyte.finished.exportable import Exportable, ids_to_show, rows_to_compare
 from halfbyte.finished.merging import quantization_of, start_of
@@ -245,7 +245,7 @@ def _trained(
     """How far the file is from the adapter in memory, on the 4-bit weights that were trained."""
     if what.found is None:
         return None
-    qlora = open_adapter(what.found, device=device, copies=False).qlora
+    qlora = open_adapter(what.found, device=device, copies=False, source=what.source).qlora
     rows = [
         TokenizedRow(ids.numpy().astype(np.int32), np.zeros(len(ids), dtype=bool), number)
         for number, ids in enumerate(shown)

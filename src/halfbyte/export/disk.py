@@ -1,0 +1,43 @@
+"""What is asked of a disk before something is written, and after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from halfbyte.errors import RunError
+
+
+def require_new(out: Path) -> None:
+    """Raise RunError where there is something called ``out`` already."""
+    if os.path.lexists(out):
+        raise RunError(f"{out} is there already and is not replaced; name another --out.")
+
+
+def require_space(out: Path, size: int, what: str) -> None:
+    """Raise RunError where the disk of ``out``, whose folder is there, has no ``size`` bytes for
+    ``what``."""
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise RunError(
+            f"{what} will take {size / 1e9:.2f} GB, and the disk of {out} has {free / 1e9:.2f} GB "
+            "free: make room, or name an --out on another disk."
+        )
+
+
+def sync_tree(path: Path) -> None:
+    """Wait until the file or folder ``path``, with all below, is on the disk."""
+    if path.is_dir() and not path.is_symlink():
+        for below in path.iterdir():
+            sync_tree(below)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
