@@ -97,30 +97,18 @@ def compare(
 
 def _page(places: list[Place], out: Path | None) -> Path:
     """Where the page is written; what cannot be is told before a model is loaded."""
+    from halfbyte.finished.judged_files import require_writable
     from halfbyte.report.side_by_side import FOLDER, PAGE
 
     run = _one_run(places)
     folder = Path(FOLDER) if run is None else run / FOLDER
     page = folder / PAGE if out is None else out
-    _require_writable(page.parent)
     if run is not None:
         if folder.is_symlink():  # in a folder of somebody else's it may lead anywhere
             raise RunError(f"{folder} is a link to another folder; remove it.")
-        _require_writable(folder)
+        require_writable(folder)
+    require_writable(page.parent)
     return page
-
-
-def _require_writable(folder: Path) -> None:
-    probe = folder / ".writable.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written ({error.strerror}); name another place by --out, or mend "
-            "its permissions."
-        ) from error
 
 
 def _one_run(places: list[Place]) -> Path | None:

@@ -16,12 +16,20 @@ from halfbyte.finished.found import FoundAdapter
 def judged_folder(found: FoundAdapter, out: Path | None) -> Path:
     """``evaluation`` in the run's folder, or ``out``; of an adapter from elsewhere ``evaluation``.
 
-    It is made where need be, so that what cannot be written is told before minutes of work. Raises
-    RunError where it cannot be.
+    Raises RunError where it cannot be written, before minutes of work.
     """
     folder = out or (Path(FOLDER) if found.run is None else found.run / FOLDER)
     if out is None and folder.is_symlink():  # in a folder of somebody else's it may lead anywhere
         raise RunError(f"{folder} is a link to another folder; remove it, or name one by --out.")
+    require_writable(folder)
+    return folder
+
+
+def require_writable(folder: Path) -> None:
+    """Raise RunError where no file can be made in ``folder``, or the folder itself cannot be.
+
+    What was not there is not there afterwards: it is made once there is something to keep.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / ".writable.partial"
     try:
@@ -30,13 +38,13 @@ def judged_folder(found: FoundAdapter, out: Path | None) -> Path:
         probe.unlink()
     except OSError as error:
         raise RunError(
-            f"{folder} cannot be written ({error.strerror}); name another place by --out."
+            f"{folder} cannot be written ({error.strerror}); name another place by --out, or mend "
+            "its permissions."
         ) from error
     finally:
-        for path in missing:  # it is made again once there is something to keep
+        for path in missing:
             if path.is_dir():
                 path.rmdir()
-    return folder
 
 
 def write_judged(
