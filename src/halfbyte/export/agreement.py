@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _AT_ONCE = 128  # positions: with 150,000 tokens, 150 MB for each fp64 tensor of them
+_SHOWN_BYTES, _LEAST_SHOWN = 256 << 20, 64
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Agreement:
     mean: float
     kl: float
     top1: float
+
+
+def tokens_to_show(vocabulary: int) -> int:
+    """As many tokens as have 256 MB of fp32 logits, and never fewer than 64."""
+    return max(_LEAST_SHOWN, _SHOWN_BYTES // (4 * vocabulary))
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from halfbyte.errors import ModelError
 from halfbyte.model.adapter_files import SavedAdapter
+from halfbyte.model.adapter_fit import adaptable_shapes, require_layers_fit
 from halfbyte.model.experts import DOWN, UP, expert_name, find_experts
 from halfbyte.model.lora_init import Pair, of_residual
 from halfbyte.model.saved_scale import saved_scales
 from halfbyte.model.skeleton import build_skeleton, quantized_linears
 from halfbyte.model.source import ModelSource
-from halfbyte.model.wording import some
 from halfbyte.quant.nf4 import quantize_nf4
 from halfbyte.recipe.schema import QuantizationRecipe
 
@@ -81,8 +81,9 @@ class MergedWeights:
             next(f"{n}{_WEIGHT}" for n in named if model.get_submodule(n) is end) for end in ends
         )
         self._tied_in_config = ends[0].weight is ends[1].weight
+        require_layers_fit(self._layers, adaptable_shapes(model), "that is merged", source.name)
         self._head_pair = self._layers.pop(_module(self._head), None)
-        self._require_layers()
+        self._require_magnitudes()
         self._rows = self._trained_rows()
 
     def names(self) -> list[str]:
@@ -204,42 +205,20 @@ class MergedWeights:
             name = self._head if name == self._embedding else self._embedding
         return self.source.read(name, dtype)
 
-    def _require_layers(self) -> None:
-        strange = [name for name in self._layers if f"{name}{_WEIGHT}" not in self._shapes]
-        if strange:
-            raise ModelError(
-                f"the adapter has the layers {some(strange)}, which {self.source.name} does not "
-                "have: it belongs to another base model; name that with --base."
-            )
-        for name, (a, b) in self._layers.items():
-            shape = self._shapes[f"{name}{_WEIGHT}"]
-            if (len(b), a.shape[1]) != shape:
-                raise ModelError(
-                    f"the adapter's layer {name} is for a weight {[len(b), a.shape[1]]} and that "
-                    f"of {self.source.name} is {list(shape)}: it belongs to another base model; "
-                    "name that with --base."
-                )
-        if self._head_pair is not None:
-            self._require_head(*self._head_pair)
+    def _require_magnitudes(self) -> None:
+        """DoRA's m [out] has a number for each row of its weight."""
+        head = _module(self._head)
         for name, vector in self._magnitudes.items():
+            if name == head:
+                raise ModelError(
+                    f"the adapter has DoRA on the output head {head}, which halfbyte does not "
+                    "merge; merge it with PEFT's merge_and_unload."
+                )
             if vector.numel() != self._shapes[f"{name}{_WEIGHT}"][0]:
                 raise ModelError(
                     f"the magnitudes of {name} are {vector.numel()}, one of each row of a weight "
                     f"with {self._shapes[f'{name}{_WEIGHT}'][0]}: the adapter is damaged."
                 )
-
-    def _require_head(self, a: Tensor, b: Tensor) -> None:
-        head, size = _module(self._head), self._read_end(self._head).shape
-        if (len(b), a.shape[1]) != size:
-            raise ModelError(
-                f"the adapter's {head} is for a weight {[len(b), a.shape[1]]} and that of "
-                f"{self.source.name} is {list(size)}: it belongs to another base model."
-            )
-        if head in self._magnitudes:
-            raise ModelError(
-                f"the adapter has DoRA on the output head {head}, which halfbyte does not merge; "
-                "merge it with PEFT's merge_and_unload."
-            )
 
     def _trained_rows(self) -> dict[str, list[tuple[Tensor, list[int] | None]]]:
         """By the name of embedding or head what takes the place of the base's, one after another:
@@ -253,12 +232,12 @@ class MergedWeights:
         if self.tied and len(found) == 1:  # PEFT's ensure_weight_tying
             (whole,) = found.values()
             found = {self._embedding: whole, self._head: [*whole]}
+        token_ids = self.saved.token_ids()
         for module, rows in self.saved.token_rows.items():
             name = f"{module}{_WEIGHT}"
-            ids = _token_ids(self.saved, module)
+            ids = token_ids[module]
             size = self._read_end(name).shape
-            fits = rows.dim() == 2 and len(ids) == len(rows) and rows.shape[1] == size[1]
-            if not fits or not all(0 <= i < size[0] for i in ids):
+            if rows.shape[1] != size[1] or max(ids) >= size[0]:
                 raise ModelError(
                     f"the adapter's trained rows of {module} do not fit the {size[0]:,} tokens of "
                     f"{self.source.name}: it belongs to another base model."
@@ -288,13 +267,6 @@ class MergedWeights:
 
 def _module(name: str) -> str:
     return name.removesuffix(_WEIGHT)
-
-
-def _token_ids(saved: SavedAdapter, module: str) -> list[int]:
-    asked = saved.config.get("trainable_token_indices") or []
-    if isinstance(asked, dict):
-        asked = asked.get(module) or asked.get(module.rpartition(".")[2]) or []
-    return list(asked) if all(type(i) is int for i in asked) else []
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from halfbyte.export.card.text import public_name
 from halfbyte.export.combine import Method, combine_layer
 from halfbyte.export.new_folder import new_folder
 from halfbyte.export.reduce import Errors, Factors, errors_of, reduced
-from halfbyte.finished.found import FoundAdapter, open_base, token_ids
+from halfbyte.finished.found import FoundAdapter, open_base
 from halfbyte.model.adapter_files import CONFIG, WEIGHTS, SavedAdapter, save_adapter
 from halfbyte.model.lora_targets import saved_targets
 from halfbyte.model.saved_scale import saved_scales
@@ -184,7 +184,7 @@ def _write(
             alpha_pattern={name: float(rank) for name, rank in others.items()},
             modules=saved.modules,
             token_rows=saved.token_rows,
-            token_ids=token_ids(saved),
+            token_ids=saved.token_ids(),
             ensure_weight_tying=tied,
         )
         if first.base.revision is not None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
-from halfbyte.finished.found import token_ids
 from halfbyte.model.adapter_files import SavedAdapter
 from halfbyte.model.trained_rows import EMBEDDING, HEAD
 
@@ -72,7 +71,7 @@ def settle_ends(network: Any, saved: SavedAdapter, scales: Mapping[str, float]) 
 
 def _scattered(ends: _Ends, saved: SavedAdapter, modules: dict[str, Tensor]) -> dict[str, Tensor]:
     """The rows of tokens that stay such; others are put into whole weights in ``modules``."""
-    ids = token_ids(saved)
+    ids = saved.token_ids()
     runs = {tuple(one) for one in ids.values()}
     is_run = all(one == tuple(range(one[0], one[0] + len(one))) for one in runs)
     if is_run and len(runs) <= 1 and not ids.keys() & modules.keys():

@@ -16,6 +16,7 @@ from halfbyte.data.chat_render import ChatRender, TemplateFailed
 from halfbyte.data.chat_template import own_template
 from halfbyte.errors import DataError, ModelError, RunError
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
+from halfbyte.export.agreement import tokens_to_show
 from halfbyte.export.card.text import public_name
 from halfbyte.export.gguf.check import Row
 from halfbyte.export.gguf.model import Described
@@ -27,8 +28,8 @@ from halfbyte.model.adapter_files import CONFIG as ADAPTER_CONFIG
 from halfbyte.model.source import ModelSource, open_model
 from halfbyte.recipe.schema import ModelRecipe
 
-# Shown to both models: as many rows, tokens of one, and bytes of logits at most.
-_ROWS, _LONGEST, _LOGITS_BYTES = 8, 256, 256 << 20
+# Shown to both models at most: rows, and tokens of one.
+_ROWS, _LONGEST = 8, 256
 # Rows whose tokens are compared.
 _TOKEN_ROWS = 64
 
@@ -126,7 +127,7 @@ def _require_as_trained(rows: Sequence[Row], pieces: Sequence[TokenizedRow]) -> 
 
 def ids_to_show(rows: Sequence[Row], vocabulary: int) -> list[Tensor]:
     """Ids [T] of the first rows, so many that their logits take a bounded room."""
-    budget = max(64, _LOGITS_BYTES // (4 * vocabulary))
+    budget = tokens_to_show(vocabulary)
     found = []
     for row in rows[:_ROWS]:
         ids = row.ids[: min(_LONGEST, budget // _ROWS)]

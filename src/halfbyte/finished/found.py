@@ -12,20 +12,20 @@ from halfbyte.errors import ModelError, RunError
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.foreign_json import read_small
 from halfbyte.model.adapter_files import CONFIG, SavedAdapter, read_adapter
+from halfbyte.model.adapter_fit import OTHER_BASE, adaptable_shapes, require_layers_fit
 from halfbyte.model.new_tokens import NewTokens
 from halfbyte.model.package import PREFIX
-from halfbyte.model.skeleton import build_skeleton, quantized_linears
+from halfbyte.model.skeleton import build_skeleton
 from halfbyte.model.source import ModelSource, open_model
 from halfbyte.model.tokenizer import LONGEST_TEMPLATE, load_tokenizer, require_usable
 from halfbyte.model.trained_rows import EMBEDDING, HEAD
-from halfbyte.model.wording import reason, some
+from halfbyte.model.wording import reason
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.load import load_recipe
 from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.run.folder import require_run
 
 TEMPLATE = "chat_template.jinja"
-_OTHER_BASE = "it is an adapter of another base model; name the right one with --base"
 
 
 @dataclass(frozen=True)
@@ -142,35 +142,18 @@ def _with_vocabulary(source: ModelSource, found: FoundAdapter) -> ModelSource:
     wanted = {
         len(modules[name]) for name in modules if name.rpartition(".")[2] in (EMBEDDING, HEAD)
     }
-    wanted |= {max(ids) + 1 for ids in token_ids(found.saved).values() if max(ids) >= rows}
+    wanted |= {max(ids) + 1 for ids in found.saved.token_ids().values() if max(ids) >= rows}
     if not wanted or wanted == {rows}:
         return source
     most = max(wanted)
     if len(wanted) > 1 or most < rows:
         raise ModelError(
             f"the adapter in {found.folder} was trained with {most:,} rows of embedding or head, "
-            f"and {source.name} has {rows:,}: {_OTHER_BASE}."
+            f"and {source.name} has {rows:,}: {OTHER_BASE}."
         )
     config = copy.deepcopy(source.config)
     config.get_text_config().vocab_size = most
     return replace(source, config=config, new_tokens=NewTokens(rows, most - rows, rows, most))
-
-
-def token_ids(saved: SavedAdapter) -> dict[str, list[int]]:
-    """The tokens whose rows were trained apart, by the full name of their module.
-
-    Raises ModelError where the configuration does not say them for a module that has rows.
-    """
-    named = saved.config.get("trainable_token_indices") or {}
-    found = {}
-    for name, rows in saved.token_rows.items():
-        ids = named if isinstance(named, list) else named.get(name.rpartition(".")[2])
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise ModelError(f"{CONFIG} does not say of which tokens the rows of {name} are.")
-        if len(ids) != len(rows) or not ids:
-            raise ModelError(f"{CONFIG} names {len(ids)} tokens of {name}, which has {len(rows)}.")
-        found[name] = ids
-    return found
 
 
 def _template(found: FoundAdapter) -> str | None:
@@ -209,18 +192,6 @@ def _require_rows(found: FoundAdapter, source: ModelSource) -> None:
 def _require_fit(found: FoundAdapter, source: ModelSource) -> None:
     """Each layer of the adapter is one of the base's, with its shape."""
     skeleton = build_skeleton(source.config, source.name)
-    linears, head = quantized_linears(skeleton), skeleton.get_output_embeddings()
-    linears |= {name: head for name, module in skeleton.named_modules() if module is head}
-    strange = [name for name in found.saved.layers if name not in linears]
-    if strange:
-        raise ModelError(
-            f"the adapter in {found.folder} is of {some(strange)}, which {source.name} does not "
-            f"have or halfbyte does not adapt: {_OTHER_BASE}."
-        )
-    for name, (a, b) in found.saved.layers.items():
-        wanted = (linears[name].out_features, linears[name].in_features)
-        if (b.shape[0], a.shape[1]) != wanted:
-            raise ModelError(
-                f"the adapter in {found.folder} is of a {name} of {b.shape[0]} × {a.shape[1]} "
-                f"weights, and that of {source.name} has {wanted[0]} × {wanted[1]}: {_OTHER_BASE}."
-            )
+    require_layers_fit(
+        found.saved.layers, adaptable_shapes(skeleton), f"in {found.folder}", source.name
+    )

@@ -15,6 +15,7 @@ import torch
 import halfbyte
 from halfbyte.data.batch import TokenizedRow
 from halfbyte.errors import DataError, ModelError, RunError
+from halfbyte.export.agreement import tokens_to_show
 from halfbyte.export.card.derived_card import derived_card
 from halfbyte.export.card.text import public_name
 from halfbyte.export.merged_folder import MergedFolder
@@ -34,8 +35,8 @@ from halfbyte.recipe.schema import QuantizationRecipe
 from halfbyte.run.adapter_start import FOLDER as START
 
 FILE = "merge.json"
-# Shown to both models: as many rows, and as many tokens as take 256 MB of logits at most.
-_ROWS, _LONGEST, _LOGITS_BYTES, _MOST_TOKENS = 16, 512, 256 << 20, 2048
+# Shown to both models at most: rows, tokens of one, and of all.
+_ROWS, _LONGEST, _MOST_TOKENS = 16, 512, 2048
 # Where there are no rows.
 _TEXTS = (
     "Water boils at a lower temperature on a mountain than at the sea, because the air above it "
@@ -114,7 +115,7 @@ def merge_adapter(
         plan.write_settings(folder, source.tokenizer, sorted(ends))
         check = check_merge(
             folder,
-            lambda: open_adapter(found, device=device, copies=False),
+            lambda: open_adapter(found, device=device, copies=False, source=source),
             onto,
             dtype,
             compared.rows,
@@ -212,7 +213,7 @@ def _record(found: FoundAdapter, merge: Merge) -> dict[str, Any]:
 def _compared(found: FoundAdapter, source: ModelSource, data: str | None) -> Compared:
     """The rows that both models are shown; those that are named must be there."""
     vocabulary = int(source.config.get_text_config().vocab_size)
-    budget = min(_MOST_TOKENS, max(64, _LOGITS_BYTES // (4 * vocabulary)))
+    budget = min(_MOST_TOKENS, tokens_to_show(vocabulary))
     if found.run is None and data is None:
         return _built_in(source, budget, None)
     try:

@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.errors import ModelError
 from halfbyte.finished.ends import settle_ends
-from halfbyte.finished.found import FoundAdapter, find_adapter, open_base, token_ids
+from halfbyte.finished.found import FoundAdapter, find_adapter, open_base
 from halfbyte.model.adapter_files import SavedAdapter
 from halfbyte.model.causal import QLoRAModel
 from halfbyte.model.load import load_base
@@ -64,17 +64,20 @@ def open_adapter(
     base: str | None = None,
     device: str = "auto",
     copies: bool = True,
+    source: ModelSource | None = None,
 ) -> OpenedAdapter:
     """The model of the adapter in ``folder``, as it was trained: base in 4 bits, adapter beside.
 
     An adapter from elsewhere gets its base in NF4 with halfbyte's defaults, or as its checkpoint is
-    quantized already. With ``copies`` the weights are kept dequantized as well where they take at
-    most half of the memory that is free, which is faster. Raises what
-    :func:`~halfbyte.finished.found.find_adapter` and :func:`~halfbyte.finished.found.open_base`
-    raise, and ModelError where the adapter's tensors do not fit.
+    quantized already. ``source`` is what ``open_base`` gave, where it was called before: reading a
+    tokenizer and a GGUF file's header takes seconds. With ``copies`` the weights are kept
+    dequantized as well where they take at most half of the memory that is free, which is faster.
+    Raises what :func:`~halfbyte.finished.found.find_adapter` and
+    :func:`~halfbyte.finished.found.open_base` raise, and ModelError where the
+    adapter's tensors do not fit.
     """
     found = folder if isinstance(folder, FoundAdapter) else find_adapter(folder, base)
-    source = open_base(found)
+    source = open_base(found) if source is None else source
     on = find_device(device)
     qlora = _of_run(found, source, on) if found.recipe else _from_elsewhere(found, source, on)
     if copies and _copies_bytes(qlora) <= _free_bytes(on) // 2:
@@ -130,7 +133,7 @@ def _free_bytes(device: Device) -> int:
 
 def _trained_rows(network: Any, saved: SavedAdapter) -> dict[str, TrainedRows]:
     """Places for what the adapter has of embedding and head, as ``settle_ends`` left it."""
-    ids = token_ids(saved)
+    ids = saved.token_ids()
     size = len(network.get_input_embeddings().weight)
     new = next((NewTokens(one[0], len(one), size, size) for one in ids.values()), None)
     leaves = {name.rpartition(".")[2] for name in saved.modules}

@@ -68,6 +68,26 @@ class SavedAdapter:
     modules: dict[str, Tensor] = field(default_factory=dict)  # module's: weight [vocabulary, H]
     token_rows: dict[str, Tensor] = field(default_factory=dict)  # module's: rows [tokens, H]
 
+    def token_ids(self) -> dict[str, list[int]]:
+        """The tokens whose rows were trained apart, by the full name of their module.
+
+        Raises ModelError where the configuration does not say them for a module that has rows.
+        """
+        named = self.config.get("trainable_token_indices") or {}
+        found = {}
+        for name, rows in self.token_rows.items():
+            ids = named
+            if isinstance(named, dict):
+                ids = named.get(name, named.get(_leaf(name)))
+            if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+                raise ModelError(f"{CONFIG} does not say of which tokens the rows of {name} are.")
+            if rows.dim() != 2 or len(ids) != len(rows) or not ids:
+                raise ModelError(
+                    f"{CONFIG} names {len(ids)} tokens of {name}, which has {len(rows)}."
+                )
+            found[name] = ids
+        return found
+
 
 def save_adapter(
     folder: Path,
