@@ -34,6 +34,20 @@ def peft_adapter(base: Path, folder: Path, *, seed: int = 1, **settings: Any) ->
     return folder
 
 
+def in_nf4(base: Path) -> Any:
+    """transformers' model with its linear layers through bitsandbytes' NF4, the head excepted."""
+    from bitsandbytes import functional
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            codes, state = functional.quantize_4bit(
+                module.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
+            )
+            module.weight.data = functional.dequantize_4bit(codes, state)
+    return model
+
+
 @torch.no_grad()
 def peft_logits(base: Any, adapter: Path, ids: Tensor) -> Tensor:
     """Logits [T, vocabulary] of ``base`` (a folder or a model) with the adapter, in fp32."""
@@ -50,6 +64,11 @@ def logits_of(folder: Path, ids: Tensor) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
     logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, in standard deviations of the logits."""
+    return float((ours - theirs).abs().max() / theirs.std())
 
 
 def train_run(folder: Path, model: Path, rows: Path, *settings: str) -> Path:

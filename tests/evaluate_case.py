@@ -48,7 +48,7 @@ class Oracle:
 
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         for name, layer in opened.qlora.linears.items():
-            weight = layer.base.dequantize(torch.float32)
+            weight = layer.base.dequantize(torch.float32).cpu()
             network.get_submodule(name).weight = torch.nn.Parameter(weight)
         peft = PeftModel.from_pretrained(network, opened.found.adapter)
         self.peft = peft.double().eval()

@@ -21,12 +21,15 @@ from halfbyte.finished.rows import HeldOut, held_out_rows
 from halfbyte.recipe.data_schema import DataRecipe
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def opened(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_rows: Path
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    tiny_rows: Path,
 ) -> OpenedAdapter:
     folder = tmp_path_factory.mktemp("losses")
-    return open_adapter(train_run(folder, tiny_model, tiny_rows), device="cpu")
+    return open_adapter(train_run(folder, tiny_model, tiny_rows), device=request.param)
 
 
 @pytest.fixture(scope="module")

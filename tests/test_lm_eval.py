@@ -76,10 +76,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> OpenedAdapter:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def opened(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> OpenedAdapter:
     run = make_run(tmp_path_factory.mktemp("lm_eval") / "run", tiny_model, "chat")
-    return open_adapter(run, device="cpu")
+    return open_adapter(run, device=request.param)
 
 
 @pytest.fixture(scope="module")

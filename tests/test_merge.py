@@ -19,7 +19,7 @@ pytest.importorskip("bitsandbytes")
 
 from bitsandbytes import functional
 
-from adapter_case import logits_of, peft_adapter, peft_logits, refusal, train_run
+from adapter_case import apart, in_nf4, logits_of, peft_adapter, peft_logits, refusal, train_run
 from command_line import halfbyte
 from family_case import FAMILIES, bitsandbytes_folder, save_family
 from halfbyte.export import merged_weights
@@ -49,23 +49,6 @@ def faint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that does little more to the outputs than rounding to bf16 does."""
     base = save_family(FAMILIES["llama 2"].make, tiny_model, tmp_path_factory.mktemp("faint"))
     return peft_adapter(base, tmp_path_factory.mktemp("merge") / "faint", lora_alpha=0.5)
-
-
-def in_nf4(base: Path) -> Any:
-    """transformers' model with its linear layers through bitsandbytes' NF4, the head excepted."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            codes, state = functional.quantize_4bit(
-                module.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
-            )
-            module.weight.data = functional.dequantize_4bit(codes, state)
-    return model
-
-
-def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, in standard deviations of the logits."""
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 def test_a_run_becomes_the_model_that_was_trained(
