@@ -239,6 +239,23 @@ def test_a_merge_that_disagrees_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("onto", ["4bit", "original"])
+def test_a_weak_adapter_is_seen_whole_where_products_are_in_bf16(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, onto: str, use_dora: bool
+) -> None:
+    """Outputs rounded to bf16 would hide it: 5 of the 14 layers could then be judged."""
+    base = save_family(FAMILIES["qwen 2.5"].make, tiny_model, tmp_path / "base")  # with biases
+    weak = peft_adapter(base, tmp_path / "weak", lora_alpha=0.5, use_dora=use_dora)
+    monkeypatch.setattr("halfbyte.finished.opened.choose_precision", lambda _: ("bf16", ""))
+    out = tmp_path / "merged"
+    halfbyte("merge", weak, "--out", out, "--onto", onto, "--dtype", "fp32", "--device", "cpu")
+    tensors = json.loads((out / "merge.json").read_text(encoding="utf-8"))["tensors"]
+    assert tensors["seen"] == tensors["adapted"] > 0
+    assert tensors["error"] < 2e-5
+    assert 0.999 < tensors["least"] <= tensors["most"] < 1.001
+
+
 def test_what_is_wrong_is_one_sentence(
     run: Path, faint: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
