@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from halfbyte.data.batching import make_batch
 from halfbyte.evaluate.original_weights import original_weights
 from halfbyte.export.agreement import Agreement, compare_logits
 from halfbyte.export.gguf.llama_cpp import ask_llama_cpp, find_python
+from halfbyte.finished.found import find_adapter
 from halfbyte.finished.opened import OpenedAdapter, open_adapter
 from halfbyte.finished.rows import HeldOut, held_out_rows
 from record import write_results
@@ -97,7 +98,7 @@ class Row:
 
 
 def measure(run: Path, count: int, folder: Path, only: tuple[str, ...]) -> Iterable[Row]:
-    opened = open_adapter(run, device="cpu")
+    opened = _in_fp32(run)
     held_out = held_out_rows(opened.found, opened.source, limit=count)
     shown = _shown(opened, held_out)
     ours = {ADAPTER: _logits(opened, shown.ids)}
@@ -143,6 +144,15 @@ def measure(run: Path, count: int, folder: Path, only: tuple[str, ...]) -> Itera
         halfbyte("export", run, "--to", "gguf-lora", "--out", lora)
         logits, tokens = _by_llama_cpp(python, base, shown, lora)
         yield row("GGUF LoRA on the base in f32", "llama.cpp", logits, "–", ORIGINAL)
+
+
+def _in_fp32(run: Path) -> OpenedAdapter:
+    """The adapter with products in fp32, whatever the run's own precision on its machine was."""
+    found = find_adapter(run)
+    if found.recipe is None:
+        sys.exit(f"{run} is no run folder.")
+    recipe = found.recipe.model_copy(update={"precision": "fp32"})
+    return open_adapter(replace(found, recipe=recipe), device="cpu")
 
 
 def halfbyte(*words: object) -> None:
