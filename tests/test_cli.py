@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -392,3 +393,21 @@ def test_demo_trains_the_rows_of_the_package(
         "halfbyte init my.csv",
     ):
         assert said in shown
+
+
+def test_no_option_is_named_by_its_placeholder() -> None:
+    """typer 0.27 calls an option without a name of its own --TYPE if its placeholder is TYPE."""
+    from typer.models import OptionInfo
+
+    from halfbyte.cli.app import app
+
+    commands = {command.callback for command in app.registered_commands}
+    assert len(commands) > 10
+    for command in commands:
+        assert command is not None
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            options = [o for o in getattr(hint, "__metadata__", ()) if isinstance(o, OptionInfo)]
+            for option in options:
+                placeholder = option.metavar or ""
+                named = option.default == f"--{name}"  # the first word, until typer has read it
+                assert named or placeholder.lower() != name, f"{command.__name__} --{name}"

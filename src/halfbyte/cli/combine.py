@@ -28,7 +28,8 @@ def combine(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter is written.")],
     method: Annotated[
-        str, typer.Option(metavar="METHOD", help="linear, ties, dare_linear or dare_ties.")
+        str,
+        typer.Option("--method", metavar="METHOD", help="linear, ties, dare_linear or dare_ties."),
     ] = "linear",
     weights: Annotated[
         str | None,

@@ -55,6 +55,7 @@ def export(
     type: Annotated[
         str | None,
         typer.Option(
+            "--type",
             metavar="TYPE",
             help="f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1; by llama.cpp itself: q4_k_m, "
             "q5_k_m, q6_k and others. By default q8_0; of gguf-lora f32, f16 or bf16, by default "

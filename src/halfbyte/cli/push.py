@@ -32,7 +32,11 @@ def push(
     ] = False,
     what: Annotated[
         str | None,
-        typer.Option(metavar="WHAT", help="adapter, model or gguf; by default what DIR holds."),
+        typer.Option(
+            "--what",
+            metavar="WHAT",
+            help="adapter, model or gguf; by default what DIR holds.",
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="NAME", help="The base model's name on the hub.")
