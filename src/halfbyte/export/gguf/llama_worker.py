@@ -31,6 +31,7 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
     import llama_cpp
     import numpy as np
 
+    _use_plain_weights(llama_cpp.llama_cpp)
     rows = job["rows"]
     longest = max([len(row) for row in rows], default=8)
     model = llama_cpp.Llama(
@@ -55,6 +56,23 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
         logits[str(number)] = np.array(model.scores[: len(row)], dtype=np.float32)
     np.savez(job["logits"], **logits)
     return {"tokens": tokens, "version": llama_cpp.__version__}
+
+
+def _use_plain_weights(library: Any) -> None:
+    """Without copies of the weights in the order of a processor's own instructions.
+
+    The file is asked about, not the copies, and those for AMX ended the process with a
+    segmentation fault at the first token of a Q8_0 file (llama-cpp-python 0.3.36).
+    """
+    defaults = library.llama_model_default_params
+
+    def plain() -> Any:
+        settings = defaults()
+        if hasattr(settings, "use_extra_bufts"):  # not in older versions
+            settings.use_extra_bufts = False
+        return settings
+
+    library.llama_model_default_params = plain
 
 
 if __name__ == "__main__":
