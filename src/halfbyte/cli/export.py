@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte.cli.export_elsewhere import TARGETS, export_folder
 from halfbyte.cli.options import BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError
 
@@ -19,21 +20,13 @@ if TYPE_CHECKING:
     from halfbyte.finished.exporting import Export
 
 _MERGED = "merge the adapter (halfbyte merge DIR --out MERGED)"
-# What others write better, and how.
+# What is not written here, and how it is to be had.
 _ELSEWHERE = {
-    "mlx": f"--to mlx is done by MLX's own tool: {_MERGED}, pip install 'mlx-lm[cpu]' (on a Mac "
-    "mlx-lm) and run mlx_lm.convert --hf-path MERGED --mlx-path OUT -q (docs/exporting.md).",
     "onnx": "--to onnx is not written here, as no exporter takes this version of transformers: "
     f"{_MERGED} and run optimum-cli export onnx --model MERGED OUT in an environment of its own "
     "(docs/exporting.md).",
-    "awq": "--to awq is not written here, as the quantizers do not install beside this version of "
-    f"transformers: {_MERGED} and run llmcompressor in an environment of its own "
-    "(docs/exporting.md).",
-    "gptq": "--to gptq is not written here, as the quantizers do not install beside this version "
-    f"of transformers: {_MERGED} and run llmcompressor or GPTQModel in an environment of its own "
-    "(docs/exporting.md).",
 }
-_FORMATS = ("gguf", "gguf-lora", *_ELSEWHERE)
+_FORMATS = ("gguf", "gguf-lora", *TARGETS, *_ELSEWHERE)
 
 
 def export(
@@ -49,7 +42,8 @@ def export(
         typer.Option(
             metavar="FORMAT",
             help="gguf: the merged model, for llama.cpp and Ollama; gguf-lora: the adapter alone, "
-            "for llama.cpp's --lora.",
+            "for llama.cpp's --lora; mlx: a folder for MLX; gptq, awq: one for vLLM, calibrated "
+            "with rows that trained.",
         ),
     ] = "gguf",
     type: Annotated[
@@ -59,7 +53,7 @@ def export(
             metavar="TYPE",
             help="f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1; by llama.cpp itself: q4_k_m, "
             "q5_k_m, q6_k and others. By default q8_0; of gguf-lora f32, f16 or bf16, by default "
-            "f32.",
+            "f32. Of mlx q4, q3, q5, q6, q8, bf16 or f16; of gptq w4a16 or w8a16; of awq w4a16.",
         ),
     ] = None,
     onto: Annotated[
@@ -71,12 +65,21 @@ def export(
         ),
     ] = "4bit",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The file; by default NAME-TYPE.gguf.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The file, by default NAME-TYPE.gguf; of mlx, gptq and awq the folder, by default "
+            "NAME-FORMAT-TYPE.",
+        ),
     ] = None,
     base: BaseModel = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Rows to check the file with, not the run's own."),
+        typer.Option(
+            metavar="FILE",
+            help="Rows to check with, not the run's own; of gptq and awq, for an adapter that is "
+            "no run's, rows to calibrate with as well.",
+        ),
     ] = None,
     llama_quantize: Annotated[
         Path | None,
@@ -84,10 +87,13 @@ def export(
     ] = None,
     device: DeviceName = "auto",
 ) -> None:
-    """Write a model for llama.cpp and Ollama, and check that it is the one that was trained.
+    """Write a model for llama.cpp and Ollama, MLX or vLLM, and check that it is the one that was
+    trained.
 
     Beside FILE.gguf come FILE.json, what the check found, and FILE.Modelfile for Ollama:
     ollama create NAME -f FILE.Modelfile
+
+    In a folder for MLX or vLLM halfbyte.json says what the check found.
     """
     require_device(device)
     if onto not in ("4bit", "original"):
@@ -96,13 +102,16 @@ def export(
         raise HalfbyteError(_ELSEWHERE[to])
     if to not in _FORMATS:
         raise HalfbyteError(f"--to {to} is none of {', '.join(_FORMATS)}.")
-    if out is not None and out.suffix != ".gguf":
+    if out is not None and out.suffix != ".gguf" and to not in TARGETS:
         raise HalfbyteError(f"--out {out} is to end in .gguf, as such files do.")
     from halfbyte.cli.display import make_console
 
     console = make_console()
     path = folder if folder is not None else _latest()
-    if to == "gguf-lora":
+    if to in TARGETS:
+        _silence()
+        export_folder(console, path, to, type, onto, out, base, data, device, _place(path))
+    elif to == "gguf-lora":
         _export_lora(console, path, type or "f32", out, base)
     else:
         _export(console, path, type or "q8_0", onto, out, base, data, llama_quantize, device)
@@ -184,12 +193,16 @@ def _export_lora(
 
 
 def _file(folder: Path, type: str) -> Path:
-    """In a run's folder where it is one, else here."""
+    return _place(folder)(f"{type}.gguf")
+
+
+def _place(folder: Path) -> Callable[[str], Path]:
+    """Where a file or folder of a type goes: into a run's folder where it is one, else here."""
     from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 
     name = re.sub(r"[^A-Za-z0-9._]+", "-", folder.resolve().name).strip("-.") or "model"
     place = folder / "export" if (folder / EVENTS_FILE).exists() else Path()
-    return place / f"{name}-{type}.gguf"
+    return lambda type: place / f"{name}-{type}"
 
 
 def _silence() -> None:

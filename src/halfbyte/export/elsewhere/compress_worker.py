@@ -1,0 +1,142 @@
+"""What llmcompressor is asked, in a process of its own, by a Python that has it and perhaps no
+halfbyte.
+
+Run by its path. It reads one job as JSON from standard input and writes what came of it as JSON to
+standard output; an error becomes an answer as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from typing import Any
+
+
+def write(job: dict[str, Any]) -> dict[str, Any]:
+    """The model in the folder ``model``, its linear layers but for the head rounded by ``method``
+    to ``bits`` in groups of ``group`` weights, written into the folder ``out``.
+
+    ``rows`` of ids are what it is calibrated with.
+    """
+    import torch
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    head = model.get_output_embeddings()
+    ignored = [name for name, module in model.named_modules() if module is head]
+    rows: Any = [
+        {"input_ids": torch.tensor(row), "attention_mask": torch.ones(len(row), dtype=torch.int64)}
+        for row in job["rows"]
+    ]
+    if not torch.accelerator.is_available():
+        without_pinned_memory()
+    oneshot(
+        model=model,
+        dataset=DataLoader(rows, batch_size=1),
+        recipe=recipe(job, ignored),
+        num_calibration_samples=len(rows),
+    )
+    model.save_pretrained(job["out"], save_compressed=True)
+    return {}
+
+
+def without_pinned_memory() -> None:
+    """AWQ pins what it keeps, for faster copies to an accelerator; without one that is an error."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    def stay(self: Any, *_: Any, **__: Any) -> None:
+        pass
+
+    IntermediatesCache.pin_memory = stay
+
+
+def recipe(job: dict[str, Any], ignored: list[str]) -> list[Any]:
+    """The steps of ``method``. AWQ has a zero point for each group, as its authors have."""
+    weights = {
+        "num_bits": job["bits"],
+        "type": "int",
+        "symmetric": job["method"] == "gptq",
+        "strategy": "group",
+        "group_size": job["group"],
+    }
+    settings = {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ignored,
+    }
+    if job["method"] == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        return [GPTQModifier(**settings)]
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    return [AWQModifier(duo_scaling="both"), QuantizationModifier(**settings)]
+
+
+def ask(job: dict[str, Any]) -> dict[str, Any]:
+    """What transformers loads of the folder ``model``: tokens of ``texts``, logits of ``rows`` of
+    ids, into the file ``logits`` (npz), template, ends of an answer, and which layers have
+    groups."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").to(device).eval()
+    logits = {}
+    with torch.no_grad():
+        for number, row in enumerate(job["rows"]):
+            ids = torch.tensor([row], device=device)
+            found = model(input_ids=ids, use_cache=False).logits[0]
+            logits[str(number)] = found.float().cpu().numpy()
+    np.savez(job["logits"], **logits)
+    ends = model.generation_config.eos_token_id
+    head = model.get_output_embeddings()
+    matrices = {
+        name: getattr(module, "quantization_scheme", None) is not None
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return {
+        "tokens": [tokens(tokenizer, text) for text in job["texts"]],
+        "template": tokenizer.chat_template,
+        "ends": [ends] if isinstance(ends, int) else list(ends or ()),
+        "quantized": sum(matrices.values()),
+        "kept": [name for name, quantized in matrices.items() if not quantized],
+        "version": version("llmcompressor"),
+    }
+
+
+def tokens(tokenizer: Any, text: str) -> list[int]:
+    """With the beginning that the tokenizer adds, unless the text has it."""
+    bos = tokenizer.bos_token
+    ids: list[int] = tokenizer.encode(
+        text, add_special_tokens=bos is None or not text.startswith(bos)
+    )
+    return ids
+
+
+def version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    answers = os.dup(1)
+    os.dup2(2, 1)  # where its progress is shown
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            answer = {"write": write, "ask": ask}[asked["do"]](asked)
+        except ModuleNotFoundError as error:
+            answer = {"missing": error.name}
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+    with os.fdopen(answers, "w", encoding="utf-8") as file:
+        json.dump(answer, file)
