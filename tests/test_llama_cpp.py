@@ -69,6 +69,21 @@ def test_tokens_and_logits_are_pefts(
     assert tokens == [case.tokenizer(text).input_ids for text in TEXTS]
 
 
+def test_a_base_is_read_with_llama_cpps_tokens(python: str, smollm2_gguf: Path) -> None:
+    texts = [
+        *TEXTS,
+        "1.\n2.\n\n 34\r\n",
+        " 5",
+        "x\n7",
+        "² ４\t3",
+        "<|im_start|>user\n12<|im_end|>\n",
+        "",
+    ]
+    ours = open_model(ModelRecipe(name=str(smollm2_gguf))).tokenizer
+    asked = ask_llama_cpp(python, smollm2_gguf, texts, [])
+    assert asked.tokens == [ours(text)["input_ids"] for text in texts]
+
+
 @pytest.mark.parametrize(("type", "most"), [("q8_0", 0.02), ("q4_k_m", 0.6), ("q6_k", 0.05)])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_quantized(

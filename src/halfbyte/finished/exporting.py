@@ -22,7 +22,7 @@ from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
 from halfbyte.export.disk import require_new
 from halfbyte.export.gguf.architecture import Architecture, architecture_of
-from halfbyte.export.gguf.check import FileCheck, check_file, open_file
+from halfbyte.export.gguf.check import FileCheck, check_file
 from halfbyte.export.gguf.llama_cpp import Quantizer, find_python
 from halfbyte.export.gguf.lora import require_plain, write_lora
 from halfbyte.export.gguf.model import Weights, Written, model_bytes, write_model
@@ -40,8 +40,9 @@ from halfbyte.finished.opened import open_adapter
 from halfbyte.generate.prompt import end_ids
 from halfbyte.model.saved_scale import saved_scales
 from halfbyte.model.skeleton import build_skeleton
-from halfbyte.model.source import ModelSource
+from halfbyte.model.source import ModelSource, open_model
 from halfbyte.plan.device import find_device
+from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.run.folder import write_whole
 
 # What the products of a run in 16 bits may add to the distance of its logits, mean KL in nats.
@@ -104,7 +105,7 @@ def export_gguf(
         progress("checking", 0, 1)
         merged = cast(ModelSource, _AsSource(what.name, config, weights))
         reference = streamed_logits(merged, shown, device=on.kind, dtype=torch.float32)
-        file = open_file(partial, chosen.vocabulary)
+        file = open_model(ModelRecipe(name=str(partial)))
         check, logits = check_file(
             file,
             partial,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ class GgufFile:
             }
             for t in header.tensors:
                 _require_whole(t.name, t.shape.tolist(), t.tensor_type, int(t.n_bytes))
+            self._text_places = {
+                # Behind the key: two types and the number of texts.
+                key: f.offset + sum(int(part.nbytes) for part in f.parts[:3]) + 12
+                for key, f in fields.items()
+                if f.types == [GGUFValueType.ARRAY, GGUFValueType.STRING]
+            }
             places = {
                 t.name: _Place(
                     int(t.data_offset),
@@ -131,6 +138,28 @@ class GgufFile:
     def file_bytes(self) -> int:
         """How large the file is."""
         return self.path.stat().st_size
+
+    def texts(self, key: str) -> list[str]:
+        """The array of texts ``key`` of the metadata; none where there is no such array.
+
+        Raises ModelError where one is no text, or is longer than any is.
+        """
+        at = self._text_places.get(key)
+        if at is None:
+            return []
+        found = []
+        with self.path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as raw:
+            for _ in range(self.lengths[key]):
+                (length,) = struct.unpack_from("<Q", raw, at)
+                text = raw[at + 8 : at + 8 + min(length, _LONGEST_TEXT + 1)]
+                try:
+                    found.append(text.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise ModelError(f"{self.path} has {key} that are no text.") from error
+                if length > _LONGEST_TEXT:
+                    raise ModelError(f"{self.path} has {key} of {length:,} bytes: get it again.")
+                at += 8 + length
+        return found
 
     def names(self) -> list[str]:
         """All tensors, as the file names them."""

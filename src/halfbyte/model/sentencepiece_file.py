@@ -13,9 +13,9 @@ from typing import Any
 
 from halfbyte.errors import ModelError
 from halfbyte.foreign_json import read_json, read_small
+from halfbyte.model.sentencepiece_merges import LONGEST_PIECE, merges_by_score
 
 FILE = "tokenizer.model"
-_LONGEST = 1000  # characters of a piece, which is tried at every cut; SentencePiece makes 16
 _FAMILIES = ("llama", "mistral")
 _SETTINGS = (
     *("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token"),
@@ -42,14 +42,21 @@ def sentencepiece_tokenizer(folder: Path, name: str, model_type: str) -> Any:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / FILE))
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{folder / FILE} is no SentencePiece file: get it again.") from error
-    if len(pieces) and max(len(pieces.id_to_piece(i)) for i in range(len(pieces))) > _LONGEST:
+    if len(pieces) and max(len(pieces.id_to_piece(i)) for i in range(len(pieces))) > LONGEST_PIECE:
         raise ModelError(
-            f"{folder / FILE} has a piece of over {_LONGEST} characters: get it again."
+            f"{folder / FILE} has a piece of over {LONGEST_PIECE} characters: get it again."
         )
     vocabulary = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     settings, added = _settings(folder)
+    scores = {
+        piece: pieces.get_score(i)
+        for piece, i in vocabulary.items()
+        if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
+    }
     tokenizer = LlamaTokenizer(
-        vocab=vocabulary, merges=_merges(pieces, vocabulary), **{"add_bos_token": True, **settings}
+        vocab=vocabulary,
+        merges=merges_by_score(vocabulary, scores),
+        **{"add_bos_token": True, **settings},
     )
     for number, token in sorted(added.items()):
         flags = {flag: bool(token.get(flag)) for flag in _FLAGS}
@@ -61,19 +68,6 @@ def sentencepiece_tokenizer(folder: Path, name: str, model_type: str) -> Any:
                 f"not fit {FILE}: add the model's tokenizer.json to the folder."
             )
     return tokenizer
-
-
-def _merges(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs that make a piece, the highest score first, as SentencePiece merges them."""
-    scored = []
-    for piece, i in vocabulary.items():
-        if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i):
-            continue
-        for cut in range(1, len(piece)):
-            left, right = vocabulary.get(piece[:cut]), vocabulary.get(piece[cut:])
-            if left is not None and right is not None:
-                scored.append((-pieces.get_score(i), i, left, right, piece[:cut], piece[cut:]))
-    return [(left, right) for *_, left, right in sorted(scored)]
 
 
 def _settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:

@@ -19,7 +19,7 @@ from halfbyte.model.package import PREFIX, package_gguf
 from halfbyte.model.plausible import require_layers
 from halfbyte.model.safetensors_files import SafetensorsFiles
 from halfbyte.model.skeleton import build_skeleton
-from halfbyte.model.tokenizer import load_gguf_tokenizer, load_tokenizer
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.recipe.schema import ModelRecipe
 
 if TYPE_CHECKING:
@@ -230,10 +230,11 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
 def _open_gguf(path: Path, name: str) -> ModelSource:
     from halfbyte.model.gguf_config import gguf_config
     from halfbyte.model.gguf_file import GgufFile
+    from halfbyte.model.gguf_tokenizer import gguf_tokenizer
 
     file = GgufFile(path)
     config = gguf_config(file, name)
-    tokenizer = load_gguf_tokenizer(path, name)
+    tokenizer = gguf_tokenizer(file, name)
     licence = file.metadata.get("general.license")
     return ModelSource(
         name=name,

@@ -34,18 +34,6 @@ def load_tokenizer(folder: Path, name: str, model_type: str) -> Any:
     return require_usable(tokenizer, name)
 
 
-def load_gguf_tokenizer(path: Path, name: str) -> Any:
-    """The tokenizer that the metadata of the GGUF file ``path`` describe; raises ModelError."""
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        # AutoTokenizer gives the same, after reading the file's header twice (3 s more).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-    except Exception as error:  # transformers raises many kinds, each about the file's content
-        raise ModelError(f"the tokenizer in {path} cannot be read: {reason(error)}.") from error
-    return require_usable(tokenizer, name)
-
-
 def _require_fast_class(folder: Path, name: str) -> None:
     """Raise ModelError where the files ask for a tokenizer that is written in Python.
 

@@ -16,13 +16,11 @@ from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
 from halfbyte.export.gguf.llama_cpp import ask_llama_cpp
 from halfbyte.export.gguf.model import probe
-from halfbyte.export.gguf.pre_tokenizer import WHOLE_WORDS
 from halfbyte.export.gguf.template import llama_cpp_ids
 from halfbyte.export.gguf.types import WeightType
 from halfbyte.export.gguf.vocabulary import Vocabulary
 from halfbyte.export.streamed_network import streamed_logits
-from halfbyte.model.source import ModelSource, open_model
-from halfbyte.recipe.schema import ModelRecipe
+from halfbyte.model.source import ModelSource
 
 # Rows that come out in other tokens, of all: a few may hold text that llama.cpp does not normalize.
 _MOST_DIFFERENT = 0.1
@@ -61,14 +59,6 @@ class FileCheck:
     tensor: str
     logits: Agreement
     llama_cpp: LlamaCppCheck | None
-
-
-def open_file(path: Path, vocabulary: Vocabulary) -> ModelSource:
-    """The file as halfbyte reads it, words that are tokens taken whole where llama.cpp does so."""
-    written = open_model(ModelRecipe(name=str(path)))
-    if vocabulary.pre in WHOLE_WORDS:
-        written.tokenizer.backend_tokenizer.model.ignore_merges = True
-    return written
 
 
 def check_file(
