@@ -182,10 +182,7 @@ def test_other_tokens_are_not_kept(
     [
         (["--type", "q4_k_n"], "the nearest is q4_k"),
         (["--type", "iq2_xs"], "importance matrix"),
-        (["--to", "mlx"], "mlx_lm.convert"),
         (["--to", "onnx"], "optimum-cli"),
-        (["--to", "awq"], "llmcompressor"),
-        (["--to", "gptq"], "GPTQModel"),
         (["--to", "pdf"], "none of gguf"),
         (["--onto", "8bit"], "none of 4bit"),
         (["--device", "tpu"], "none of auto"),
