@@ -122,6 +122,31 @@ def test_what_is_shown_fits_a_terminal(run: Path) -> None:
     assert "judged by 8 held-out rows of rows.jsonl, 2 questions with choices" in shown
 
 
+def test_tasks_of_an_earlier_adapter_are_called_so(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    record = {
+        "adapter_sha256": "0" * 64,
+        "chat_template": False,
+        "num_fewshot": 2,
+        "versions": {"lm_eval": "0.4"},
+        "rows": {"sea": {"original": 9, "effective": 7}},
+        "higher_is_better": {"sea": {"acc": True, "odd": "yes"}},
+        "results": {
+            "base": {"sea": {"acc,none": 0.25, "acc_stderr,none": 0.01, "alias": "sea"}},
+            "adapter": {"sea": {"acc,none": 0.5, "acc_stderr,none": 0.01, "odd,none": 1.0}},
+        },
+    }
+    (copy / "evaluation" / "lm_eval.json").write_text(json.dumps(record), encoding="utf-8")
+    page = read_page(make_report(copy).html)
+    (table,) = [table for table in page.tables if table[0][0] == "task"]
+    assert [cell.strip() for cell in table[1]] == [
+        *("sea", "acc ↑", "7", "0.250 ± 0.010", "0.500 ± 0.010", "better")
+    ]
+    assert [cell.strip() for cell in table[2]] == ["", "odd", "", "–", "1.000", "–"]
+    assert "after 2 examples of each" in page.text
+    assert "are of an earlier adapter" in page.text
+
+
 def test_the_report_has_a_part_on_it(run: Path, tmp_path: Path) -> None:
     page = read_page(run / "report.html")
     assert "Judged on held-out rows" in page.headings["h3"]

@@ -25,6 +25,8 @@ from halfbyte.finished.harness_tasks import (
 )
 from halfbyte.finished.opened import OpenedAdapter, open_adapter
 from halfbyte.finished.variants import use_variant
+from halfbyte.report import make_report
+from page_reader import read_page
 from talk_case import chatml, make_run
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -238,6 +240,17 @@ def test_the_command_writes_what_it_shows(
     accuracy = written["results"]["adapter"]["numbers_by_choice"]["acc,none"]
     assert f"{accuracy:.3f}" in done.stdout or f"{accuracy:.1%}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(opened.folder))
+    page = read_page(opened.folder / "report.html")
+    assert "Tasks of lm-evaluation-harness" in page.headings["h3"]
+    (table,) = [table for table in page.tables if table[0][0] == "task"]
+    (row,) = [row for row in table if row[0] == "numbers_by_choice"]
+    assert row[2] == "2"
+    assert row[4].startswith(f"{accuracy:.3f}")
+    kept = opened.folder / "evaluation" / "lm_eval.json"
+    whole = kept.read_text()
+    kept.write_text(json.dumps(written | {"results": {"base": 1}}))
+    assert "cannot be read" in make_report(opened.folder).markdown.read_text()
+    kept.write_text(whole)
     as_json = halfbyte(*words, "--lm-eval", "answers", "--json", "--out", tmp_path / "out")
     assert json.loads(as_json.stdout)["tasks"] == ["answers"]
     assert (tmp_path / "out" / "lm_eval.json").exists()

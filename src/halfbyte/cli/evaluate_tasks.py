@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli.units import visible
-from halfbyte.finished.harness import FILE, Figure, HarnessResults, Tasks, prepare_tasks, run_tasks
+from halfbyte.evaluate.results import FOLDER
+from halfbyte.evaluate.task_results import TASK_RESULTS
+from halfbyte.finished.harness import HarnessResults, Tasks, prepare_tasks, run_tasks
 from halfbyte.finished.judged_files import judged_folder
 from halfbyte.finished.opened import open_adapter
+from halfbyte.report import make_report
 from halfbyte.report.make import write_whole
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 def evaluate_tasks(
     found: FoundAdapter, tasks: Tasks, *, device: str, out: Path | None, as_json: bool
 ) -> None:
-    """Ask both models, write ``lm_eval.json`` and show its figures."""
+    """Ask both models, write ``lm_eval.json`` and show its figures; of a run in its report too."""
     console = Console(stderr=as_json, highlight=False, markup=False, emoji=False)
     with console.status("reading the tasks …") if console.is_terminal else nullcontext():
         manager, wanted = prepare_tasks(tasks)
@@ -37,9 +41,12 @@ def evaluate_tasks(
             console.print(Text(f"  {visible(what)}"), soft_wrap=True)
     folder = judged_folder(found, out)
     results = _run(found, tasks, manager, wanted, device, console)
-    path = folder / FILE
+    path = folder / TASK_RESULTS
     text = json.dumps(results.record, indent=1) + "\n"
     write_whole(path, text.encode())
+    written = [path]
+    if found.run is not None and folder == found.run / FOLDER:
+        written.append(make_report(found.run).html)
     for name in results.ignored:
         print(
             f"halfbyte: a task sets {visible(name)}, which has no counterpart here and was left "
@@ -49,7 +56,7 @@ def evaluate_tasks(
     if as_json:
         sys.stdout.write(text)
     else:
-        _print(console, results, tasks, path)
+        _print(console, results, tasks, written)
 
 
 def _run(
@@ -72,7 +79,9 @@ def _run(
         return run_tasks(opened, tasks, manager, wanted, on_progress=hear)
 
 
-def _print(console: Console, results: HarnessResults, tasks: Tasks, path: Path) -> None:
+def _print(
+    console: Console, results: HarnessResults, tasks: Tasks, written: Sequence[Path]
+) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("task", overflow="fold")
     table.add_column("metric", overflow="fold")
@@ -81,16 +90,15 @@ def _print(console: Console, results: HarnessResults, tasks: Tasks, path: Path) 
     table.add_column("adapter", justify="right", no_wrap=True)
     last = None
     for figure in results.figures:
-        better = _better(figure)
         rows = results.rows.get(figure.task)
         table.add_row(
             "" if figure.task == last else visible(figure.task),
-            visible(figure.metric) + {True: " ↑", False: " ↓", None: ""}[figure.higher_is_better],
+            visible(figure.metric_text),
             "" if rows is None or figure.task == last else f"{rows:,}",
-            _text(figure.base, figure.base_error),
+            figure.text(adapter=False),
             Text(
-                _text(figure.adapter, figure.adapter_error),
-                {True: "green", False: "red", None: ""}[better],
+                figure.text(adapter=True),
+                {True: "green", False: "red", None: ""}[figure.adapter_is_better],
             ),
         )
         last = figure.task
@@ -104,23 +112,5 @@ def _print(console: Console, results: HarnessResults, tasks: Tasks, path: Path) 
         "In colour: the adapter is better, or worse, by more than two standard errors.",
         style="dim",
     )
-    console.print(Text.assemble(("written   ", "bold"), visible(str(path))), soft_wrap=True)
-
-
-def _better(figure: Figure) -> bool | None:
-    """Whether the adapter is better, by more than chance explains most often; None: who knows."""
-    errors = (figure.base_error, figure.adapter_error)
-    if figure.base is None or figure.adapter is None or None in errors:
-        return None
-    difference = figure.adapter - figure.base
-    spread = sum(error**2 for error in errors if error is not None) ** 0.5
-    if figure.higher_is_better is None or abs(difference) <= 2 * spread:
-        return None
-    return (difference > 0) == figure.higher_is_better
-
-
-def _text(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "–"
-    figure = f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-    return figure if error is None else f"{figure} ± {error:.3f}"
+    for path in written:
+        console.print(Text.assemble(("written   ", "bold"), visible(str(path))), soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import halfbyte
+from halfbyte.data.text_file import sha256_of
 from halfbyte.errors import DataError, HalfbyteError
+from halfbyte.evaluate.task_results import TaskFigure, finite, task_figures, task_rows
 from halfbyte.finished.found import FoundAdapter, require_template
 from halfbyte.finished.harness_model import make_language_model
 from halfbyte.finished.harness_tasks import (
@@ -27,8 +28,7 @@ from halfbyte.finished.harness_tasks import (
 )
 from halfbyte.finished.opened import OpenedAdapter
 from halfbyte.finished.variants import BASE, FINAL, use_variant
-
-FILE = "lm_eval.json"
+from halfbyte.model.adapter_files import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,10 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One metric of one task for one model; ``error`` is the standard error, None if not known."""
-
-    task: str
-    metric: str
-    higher_is_better: bool | None
-    base: float | None
-    base_error: float | None
-    adapter: float | None
-    adapter_error: float | None
-
-
-@dataclass(frozen=True)
 class HarnessResults:
     """Figures of both models, and everything that they depend on, as it is written as JSON."""
 
-    figures: Sequence[Figure]
+    figures: Sequence[TaskFigure]
     rows: Mapping[str, int]  # of each task
     record: dict[str, Any]
     ignored: Sequence[str]  # settings of tasks that have no counterpart here
@@ -118,8 +105,12 @@ def run_tasks(
         with use_variant(opened, name):
             results[name] = _evaluate(model, tasks, manager, wanted)
     return HarnessResults(
-        figures=_figures(results[BASE], results[FINAL]),
-        rows={task: _rows(count) for task, count in results[FINAL].get("n-samples", {}).items()},
+        figures=task_figures(
+            results[BASE].get("results", {}),
+            results[FINAL].get("results", {}),
+            results[FINAL].get("higher_is_better", {}),
+        ),
+        rows=task_rows(results[FINAL].get("n-samples", {})),
         record=_record(opened.found, tasks, results),
         ignored=sorted(set(ignored)),
     )
@@ -186,40 +177,6 @@ def _quiet() -> Any:
         logger.setLevel(before)
 
 
-def _figures(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[Figure]:
-    found = []
-    for task, metrics in adapter.get("results", {}).items():
-        better = adapter.get("higher_is_better", {}).get(task) or {}
-        others = base.get("results", {}).get(task, {})
-        for key in metrics:
-            metric, _, of = key.partition(",")
-            if metric.endswith("_stderr") or _number(metrics[key]) is None or not of:
-                continue
-            error = f"{metric}_stderr,{of}"
-            found.append(
-                Figure(
-                    task=task,
-                    metric=metric if of == "none" else f"{metric} ({of})",
-                    higher_is_better=better.get(metric),
-                    base=_number(others.get(key)),
-                    base_error=_number(others.get(error)),
-                    adapter=_number(metrics[key]),
-                    adapter_error=_number(metrics.get(error)),
-                )
-            )
-    return found
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _rows(count: Any) -> int:
-    return int(count.get("effective", 0)) if isinstance(count, Mapping) else int(count)
-
-
 def _record(
     found: FoundAdapter, tasks: Tasks, results: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -228,6 +185,7 @@ def _record(
     return {
         "tasks": list(tasks.names),
         "base_model": found.base.name,
+        "adapter_sha256": sha256_of(found.adapter / WEIGHTS),
         "num_fewshot": tasks.num_fewshot,
         "limit": tasks.limit,
         "chat_template": tasks.chat,
@@ -252,7 +210,7 @@ def _plain(value: Any) -> Any:
         return [_plain(inner) for inner in value]
     if value is None or isinstance(value, bool | str):
         return value
-    number = _number(value)
+    number = finite(value)
     if number is None:
         return str(value)
     return value if isinstance(value, int) else number

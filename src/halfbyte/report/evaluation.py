@@ -28,7 +28,7 @@ def judged(story: Story) -> list[Block]:
     if isinstance(found, str):
         return [Heading(TITLE), Paragraph(f"{found}; make it again with halfbyte evaluate.")]
     blocks: list[Block] = [Heading(TITLE), Paragraph(_what(found))]
-    if _is_of_another(story, found):
+    if story.is_of_another_adapter(found.about.get("adapter_sha256")):
         blocks.append(
             Paragraph(
                 "The figures are of an earlier adapter of this run, and not of the one that it has "
@@ -46,13 +46,6 @@ def judged(story: Story) -> list[Block]:
     blocks += [Paragraph(f"{note[:1].upper()}{note[1:]}") for note in found.notes]
     blocks.append(Paragraph(_how(found)))
     return blocks
-
-
-def _is_of_another(story: Story, found: Results) -> bool:
-    """Whether the run has gone on since, so that its adapter is another one now."""
-    weights = [a.sha256 for a in story.artifacts if a.path == "adapter/adapter_model.safetensors"]
-    judged = found.about.get("adapter_sha256")
-    return bool(weights) and judged is not None and weights[-1] != judged
 
 
 def _what(found: Results) -> str:

@@ -28,6 +28,7 @@ from halfbyte.report.findings import findings
 from halfbyte.report.page_one import is_cut, shown_in_full
 from halfbyte.report.side_by_side import side_by_side
 from halfbyte.report.story import Story
+from halfbyte.report.tasks import tasks
 from halfbyte.report.techniques import key_techniques
 from halfbyte.report.verdicts import epoch_means
 from halfbyte.report.watching import watching
@@ -270,6 +271,7 @@ def _results(story: Story) -> list[Block]:
         )
     blocks += _evaluations(story)
     blocks += judged(story)
+    blocks += tasks(story)
     blocks += side_by_side(story.side_by_side)
     blocks += watching(story)
     if story.answers and is_cut(story):

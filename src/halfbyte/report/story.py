@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from halfbyte.data.audit.private import hidden
 from halfbyte.errors import RunError
 from halfbyte.evaluate.results import Results, read_results
+from halfbyte.evaluate.task_results import TaskResults, read_task_results
 from halfbyte.events import Record, read_events
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
 from halfbyte.events.types import (
@@ -127,6 +128,7 @@ class Story:
     missing: list[str] = field(default_factory=list)  # files of the folder that were not there
     packages: list[tuple[str, str, str]] = field(default_factory=list)  # name, version, licence
     judged: Results | str | None = None  # of ``halfbyte evaluate``, or why they cannot be read
+    tasks: TaskResults | str | None = None  # of its ``--lm-eval``
     side_by_side: SideBySide | str | None = None  # of ``halfbyte compare``, likewise
 
     @property
@@ -177,6 +179,12 @@ class Story:
     def energies(self) -> list[Energy]:
         return [p.energy for p in self.processes if p.energy is not None]
 
+    def is_of_another_adapter(self, sha256: object) -> bool:
+        """Whether the run has gone on since the adapter with this checksum was judged."""
+        path = "adapter/adapter_model.safetensors"
+        weights = [a.sha256 for a in self.artifacts if a.path == path]
+        return bool(weights) and sha256 is not None and weights[-1] != sha256
+
     def windowed_loss(self, step: int) -> float | None:
         """The logged loss at ``step``: the mean of the last ``logging_steps`` steps up to it.
 
@@ -223,6 +231,7 @@ def read_story(folder: Path) -> Story:
         story,
         packages=_packages(folder / SBOM_FILE),
         judged=read_results(folder),
+        tasks=read_task_results(folder),
         side_by_side=read_beside(folder),
     )
 
