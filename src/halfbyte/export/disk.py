@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from halfbyte.checkpoint.manifest import sync
 from halfbyte.errors import RunError
 
 
@@ -32,12 +33,3 @@ def sync_tree(path: Path) -> None:
         for below in path.iterdir():
             sync_tree(below)
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

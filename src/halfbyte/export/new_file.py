@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from halfbyte.checkpoint.manifest import sync
 from halfbyte.errors import RunError
-from halfbyte.export.disk import require_new, require_space, sync
+from halfbyte.export.disk import require_new, require_space
 from halfbyte.model.wording import reason
 
 # Left free on the disk beside what is written.

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from halfbyte.checkpoint.manifest import sync
 from halfbyte.errors import HalfbyteError, RunError
-from halfbyte.export.disk import require_new, require_space, sync, sync_tree
+from halfbyte.export.disk import require_new, require_space, sync_tree
 from halfbyte.model.wording import reason
 
 # Beside the weights: a tokenizer takes up to 35 MB, the rest little.
