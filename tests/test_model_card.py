@@ -210,6 +210,8 @@ def saved(config: Mapping[str, Any]) -> SavedAdapter:
     [
         ("merge", "finetune", "transformers"),
         ("quantized", "quantized", "gguf"),
+        ("compressed", "quantized", "transformers"),
+        ("mlx", "quantized", "mlx"),
         ("combination", "adapter", "peft"),
         ("adapter", "adapter", "peft"),
     ],

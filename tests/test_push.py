@@ -219,6 +219,16 @@ def test_merged_models_and_gguf_files(run: Path, hub: Repositories, tmp_path: Pa
     card = ModelCard(sent["README.md"].decode())
     assert (card.data.base_model, card.data.library_name) == (BASE, "transformers")
 
+    record = {"format": "mlx", "type": "q4", "notes": ["there is no /home/somebody/rows.jsonl"]}
+    (merged / "halfbyte.json").write_text(json.dumps(record))
+    assert "a short card was made" in push(merged, "--base", BASE, repo="org/mlx")
+    sent = hub.files("org/mlx")
+    assert json.loads(sent["halfbyte.json"])["notes"] == ["there is no rows.jsonl"]
+    card = ModelCard(sent["README.md"].decode())
+    assert (card.data.base_model_relation, card.data.library_name) == ("quantized", "mlx")
+    assert "mlx_lm.chat --model org/mlx" in str(card)
+    (merged / "halfbyte.json").unlink()
+
     # Of a folder that may hold anything one GGUF file takes along what its export left.
     for name in ("a.gguf", "b.gguf", "a.Modelfile", "b.Modelfile", "b.json"):
         (merged / name).write_bytes(b"{}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli.export_elsewhere import TARGETS, export_folder
+from halfbyte.cli.export_status import Progress, with_status
 from halfbyte.cli.options import BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError
 
@@ -146,7 +147,7 @@ def _export(
     from halfbyte.finished.exportable import find_exportable
     from halfbyte.finished.exporting import export_gguf
 
-    def exported(said: Callable[[str, int, int], None]) -> Export:
+    def exported(said: Progress) -> Export:
         return export_gguf(
             find_exportable(folder, base),
             file,
@@ -158,16 +159,7 @@ def _export(
             progress=said,
         )
 
-    if not console.is_terminal:
-        export = exported(lambda what, done, total: None)
-    else:
-        with console.status("reading the model …") as status:
-
-            def said(what: str, done: int, total: int) -> None:
-                count = f" {done} of {total} tensors" if total > 1 else ""
-                status.update(f"{what}{count} …")
-
-            export = exported(said)
+    export = with_status(console, exported)
     _print(console, export, type.name)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.export_status import Progress, with_status
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,7 +49,7 @@ def export_folder(
     from halfbyte.finished.exportable import find_exportable
     from halfbyte.finished.exporting_elsewhere import export_elsewhere
 
-    def exported(said: Callable[[str, int, int], None]) -> ElsewhereExport:
+    def exported(said: Progress) -> ElsewhereExport:
         return export_elsewhere(
             find_exportable(folder, base),
             place,
@@ -59,16 +61,7 @@ def export_folder(
             progress=said,
         )
 
-    if not console.is_terminal:
-        export = exported(lambda what, done, total: None)
-    else:
-        with console.status("reading the model …") as status:
-
-            def said(what: str, done: int, total: int) -> None:
-                count = f" {done} of {total} tensors" if total > 1 else ""
-                status.update(f"{what}{count} …")
-
-            export = exported(said)
+    export = with_status(console, exported)
     _print(console, export, to)
 
 

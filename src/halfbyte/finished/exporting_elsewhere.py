@@ -22,7 +22,7 @@ from halfbyte.export.card.derived_card import derived_card
 from halfbyte.export.disk import require_new
 from halfbyte.export.elsewhere.calibration import FEW, ROWS, calibration_ids
 from halfbyte.export.elsewhere.check import FolderCheck, check_folder
-from halfbyte.export.elsewhere.folder import complete
+from halfbyte.export.elsewhere.folder import FILE, complete
 from halfbyte.export.elsewhere.groups import choose_group
 from halfbyte.export.elsewhere.types import ElsewhereType
 from halfbyte.export.elsewhere.workers import Workshop
@@ -41,7 +41,6 @@ from halfbyte.plan.device import find_device
 from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.run.folder import write_whole
 
-FILE = "halfbyte.json"
 # Rows of --data: of an adapter from elsewhere one in four is compared, and the others calibrate.
 _COMPARED_OF = 4
 Progress = Callable[[str, int, int], None]
@@ -147,9 +146,9 @@ def export_elsewhere(
         )
         record = json.dumps(_record(what, export, workshop, type), indent=2, ensure_ascii=False)
         write_whole(partial / FILE, record + "\n")
-        if what.found is not None and target.name != "mlx":
+        if what.found is not None:
             facts = _facts(export, workshop, type)
-            card = derived_card(what.found, "merge", facts)
+            card = derived_card(what.found, "compressed" if target.calibrated else "mlx", facts)
             (partial / "README.md").write_text(card, encoding="utf-8")
     return export
 
@@ -252,13 +251,18 @@ def _of_kept(check: FolderCheck, type: ElsewhereType) -> tuple[str, ...]:
 
 
 def _facts(export: ElsewhereExport, workshop: Workshop, type: ElsewhereType) -> dict[str, str]:
-    check, logits = export.check, export.check.logits
-    return {
+    check, logits, target = export.check, export.check.logits, workshop.target
+    groups = "" if export.group is None else f" in groups of {export.group}"
+    head = "; the head is in 16 bits" if target.calibrated else ""
+    facts = {
         "weights": (
-            f"{type.name} by {workshop.target.name.upper()} in groups of {export.group}, written "
-            f"by {workshop.target.package} {check.version}; the head is in 16 bits"
-        ),
-        "calibrated with": f"{export.calibrated} rows that trained",
+            f"{type.name} by {target.name.upper()}{groups}, written by {target.package} "
+            f"{check.version}{head}"
+        )
+    }
+    if export.calibrated:
+        facts["calibrated with"] = f"{export.calibrated} rows that trained"
+    return facts | {
         "compared with the model before that": (
             f"{logits.positions:,} places of {export.compared_on}: mean KL {logits.kl:.1e} nats, "
             f"same likeliest token {logits.top1:.1%}"

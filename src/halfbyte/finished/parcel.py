@@ -40,7 +40,7 @@ _REPORT = ("report.html", "report.md", "report.pdf", "plots/*.png", "plots/*.svg
 _LOOKED_AT = (".json", ".jinja", ".md", ".html", "Modelfile")
 _WITH_PATHS = ("config.json", "tokenizer_config.json")
 _PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
-_RECORDS = ("merge.json",)
+_RECORDS = ("merge.json", "halfbyte.json")
 _FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:;,]+/)*(?=[^\s/:;,])")  # of a path from the root
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # tens of megabytes of words
 

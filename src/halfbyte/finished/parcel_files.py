@@ -30,7 +30,7 @@ _PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _SENT: dict[What, tuple[str, ...]] = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors", *_TOKENIZER, *_PAPERS),
     "model": (
-        *("config.json", "generation_config.json", "merge.json"),
+        *("config.json", "generation_config.json", "merge.json", "halfbyte.json"),
         *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
         *_TOKENIZER,
         *_PAPERS,

@@ -8,15 +8,18 @@ from typing import Any
 
 from halfbyte.errors import RunError
 from halfbyte.events.log import FILE_NAME as EVENTS_FILE
-from halfbyte.export.card.derived_card import bare_card, derived_card
+from halfbyte.export.card.derived_card import DerivedKind, bare_card, derived_card
 from halfbyte.export.card.metadata import read_metadata
 from halfbyte.export.card.text import hub_name
+from halfbyte.export.elsewhere.folder import FILE
 from halfbyte.finished.found import find_adapter
 from halfbyte.finished.parcel_files import CARD, Parcel, chosen_files, inside, is_text, own_card
 from halfbyte.foreign_json import read_json
 
 EXPORTS = "export"  # in a run folder
 _BESIDE = (".json", ".Modelfile")  # that an export leaves beside a GGUF file
+# By the format that an export's record names.
+_KINDS: dict[str, DerivedKind] = {"mlx": "mlx", "gptq": "compressed", "awq": "compressed"}
 _OF_A_CARD = ("base_model", "library_name", "license", "pipeline_tag", "tags")
 
 
@@ -28,7 +31,10 @@ def pack_model(folder: Path, repo: str, base: str | None) -> Parcel:
         files[CARD] = own_card(inside(card, folder), repo, base)
     else:
         name = _require_base(folder / CARD, base)
-        files[CARD] = bare_card("merge", name, {}, folder.resolve().name, repo, None).encode()
+        record = _record(folder / FILE)
+        kind = _KINDS.get(str(record.get("format")), "merge")
+        subject = f"{folder.resolve().name} {_compared_on(record)}"
+        files[CARD] = bare_card(kind, name, _facts(record), subject, repo, None).encode()
         said.append(f"It had no {CARD}, so that a short card was made.")
     return Parcel("model", folder, dict(sorted(files.items())), left, said)
 

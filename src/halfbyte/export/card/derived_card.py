@@ -21,7 +21,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.recipe.subject import is_medical
 
-DerivedKind = Literal["adapter", "merge", "quantized", "combination"]
+DerivedKind = Literal["adapter", "merge", "quantized", "compressed", "mlx", "combination"]
 
 
 class Found(Protocol):

@@ -9,7 +9,7 @@ from typing import Literal
 from halfbyte.export.card.text import clean, fenced, hub_name, public_name
 from halfbyte.recipe.schema import QuantizationRecipe
 
-Kind = Literal["adapter", "combination", "merge", "quantized"]
+Kind = Literal["adapter", "combination", "merge", "quantized", "compressed", "mlx"]
 
 
 def loading_lines(
@@ -22,8 +22,10 @@ def loading_lines(
     """Code for ``kind``; ``place`` is the repository (None: this folder), ``file`` the GGUF."""
     if kind == "quantized":
         return _gguf(place, file or "FILE.gguf")
-    if kind == "merge":
-        return _merged(place)
+    if kind == "mlx":
+        return _mlx(place)
+    if kind in ("merge", "compressed"):
+        return _merged(place, compressed=kind == "compressed")
     return _adapter(base, quantization, place)
 
 
@@ -38,6 +40,7 @@ def with_place(card: str, place: str) -> str:
         .replace('from_pretrained(base, ".")', f"from_pretrained(base, {_text(place)})")
         .replace('from_pretrained(".", dtype=', f"from_pretrained({_text(place)}, dtype=")
         .replace("\nvllm serve .\n", f"\nvllm serve {place}\n")
+        .replace("\nmlx_lm.chat --model .\n", f"\nmlx_lm.chat --model {place}\n")
         .replace("```sh\nhalfbyte chat .", f"```sh\n{fetched}halfbyte chat {name}")
         .replace("```sh\nllama-cli -m ", f"```sh\n{fetched}llama-cli -m ")
     )
@@ -81,7 +84,7 @@ def _adapter(base: str, quantization: QuantizationRecipe | None, place: str | No
     ]
 
 
-def _merged(place: str | None) -> list[str]:
+def _merged(place: str | None, *, compressed: bool) -> list[str]:
     where = _text(place or ".")
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -95,11 +98,25 @@ def _merged(place: str | None) -> list[str]:
         "answer = model.generate(**prompt, max_new_tokens=256)",
         'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:]))',
     ]
+    said = "The adapter is in the weights: what loads the base model loads this one."
+    if compressed:
+        said = (
+            "The adapter is in the weights, which vLLM loads as they are, and transformers where "
+            "the package `compressed-tensors` is:"
+        )
     return [
-        "The adapter is in the weights: what loads the base model loads this one.",
+        said,
         "",
         *fenced("\n".join(lines), "python"),
         *fenced(f"vllm serve {place or '.'}", "sh"),
+    ]
+
+
+def _mlx(place: str | None) -> list[str]:
+    return [
+        "With mlx-lm, on a Mac or elsewhere:",
+        "",
+        *fenced(f"mlx_lm.chat --model {place or '.'}", "sh"),
     ]
 
 

@@ -32,6 +32,8 @@ _WHAT = {
     "combination": "A LoRA adapter for {base}, made of others with halfbyte {version}",
     "merge": "{base} with a LoRA adapter merged into its weights by halfbyte {version}",
     "quantized": "{base} with a LoRA adapter, written for llama.cpp (GGUF) by halfbyte {version}",
+    "compressed": "{base} with a LoRA adapter, written for vLLM by halfbyte {version}",
+    "mlx": "{base} with a LoRA adapter, written for MLX by halfbyte {version}",
 }
 # As the hub has them (hub docs, "Model cards", base_model_relation). A model with its adapter
 # merged in is a fine-tuned one there: "merge" is said of several models made one.
@@ -40,12 +42,21 @@ _RELATION = {
     "combination": "adapter",
     "merge": "finetune",
     "quantized": "quantized",
+    "compressed": "quantized",
+    "mlx": "quantized",
 }
 _LIBRARY = {
     "adapter": "peft",
     "combination": "peft",
     "merge": "transformers",
     "quantized": "gguf",
+    "compressed": "transformers",
+    "mlx": "mlx",
+}
+_TAGS: dict[Kind, list[str]] = {
+    "quantized": ["gguf"],
+    "compressed": ["compressed-tensors"],
+    "mlx": ["mlx"],
 }
 
 
@@ -144,7 +155,7 @@ def assemble(
         "pipeline_tag": "text-generation",
         **licence_fields(licence),
         "datasets": list(datasets),
-        "tags": [*(["gguf"] if kind == "quantized" else []), "lora", *qlora, "halfbyte"],
+        "tags": [*_TAGS.get(kind, []), "lora", *qlora, "halfbyte"],
         "model-index": index,
     }
     what = _WHAT[kind].format(base=code(public_name(base)), version=escape(version))

@@ -14,6 +14,7 @@ from halfbyte.export.merged_folder import GENERATION
 from halfbyte.foreign_json import read_json
 from halfbyte.model.wording import reason
 
+FILE = "halfbyte.json"  # what the check found
 _CONFIG = "config.json"
 _BESIDE = (
     GENERATION,
