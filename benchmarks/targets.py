@@ -4,9 +4,10 @@
 
 ``halfbyte merge``, ``export`` and ``reduce`` write every target of the run in RUN; PEFT,
 transformers and, where a Python has its binding (HALFBYTE_LLAMA_PYTHON), llama.cpp load them, all
-in fp32, and their logits on held-out rows are compared with those of the adapter as halfbyte opens
-it, base in 4 bits. What is made onto the original weights is compared with the adapter on those.
-The tokens of the rows' texts must be those that were trained.
+in fp32; so do mlx-lm and llmcompressor where there is one that has them (HALFBYTE_MLX_PYTHON,
+HALFBYTE_COMPRESSOR_PYTHON), in 16 bits. Their logits on held-out rows are compared with those of
+the adapter as halfbyte opens it, base in 4 bits. What is made onto the original weights is compared
+with the adapter on those. The tokens of the rows' texts must be those that were trained.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.data.batching import make_batch
+from halfbyte.errors import ModelError
 from halfbyte.evaluate.original_weights import original_weights
 from halfbyte.export.agreement import Agreement, compare_logits
+from halfbyte.export.elsewhere.types import TARGETS
+from halfbyte.export.elsewhere.workers import find_workshop
 from halfbyte.export.gguf.llama_cpp import ask_llama_cpp, find_python
 from halfbyte.finished.found import find_adapter
 from halfbyte.finished.opened import OpenedAdapter, open_adapter
@@ -35,6 +39,8 @@ from halfbyte.finished.rows import HeldOut, held_out_rows
 from record import write_results
 
 LONGEST = 128  # tokens of a row
+# What other packages write and load; they multiply in 16 bits.
+FOLDERS = (("mlx", "bf16"), ("mlx", "q8"), ("mlx", "q4"), ("gptq", "w8a16"), ("gptq", "w4a16"))
 ADAPTER, ORIGINAL = "adapter on 4 bits", "adapter on original weights"
 
 
@@ -144,6 +150,19 @@ def measure(run: Path, count: int, folder: Path, only: tuple[str, ...]) -> Itera
         halfbyte("export", run, "--to", "gguf-lora", "--out", lora)
         logits, tokens = _by_llama_cpp(python, base, shown, lora)
         yield row("GGUF LoRA on the base in f32", "llama.cpp", logits, "–", ORIGINAL)
+    for to, kind in FOLDERS:
+        if not f"{to} {kind}".startswith(only):
+            continue
+        try:
+            workshop = find_workshop(TARGETS[to], "cpu")
+        except ModelError as missing:
+            print(missing, file=sys.stderr)
+            continue
+        out = folder / f"{to}-{kind}"
+        halfbyte("export", run, "--to", to, "--type", kind, "--out", out)
+        loaded = workshop.load(out, shown.texts, shown.ids)
+        by = "mlx-lm" if to == "mlx" else "transformers"
+        yield row(f"{to} {kind}", by, loaded.logits, _same(loaded.tokens, shown), ADAPTER)
 
 
 def _in_fp32(run: Path) -> OpenedAdapter:
