@@ -153,5 +153,5 @@ def test_each_extra_is_known_here() -> None:
     """An extra for users that is added to pyproject.toml belongs into the bill as well."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    assert set(re.findall(r"^(\w+) = \[", section, re.MULTILINE)) == {*EXTRAS, "test", "check"}
+    assert set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)) == {*EXTRAS, "test", "check"}
     assert "halfbyte" in installed_packages().found

@@ -24,7 +24,10 @@ from halfbyte.report.story import SBOM_FILE, Story, read_story
 
 PACKAGE = "halfbyte"
 # What a user installs beside the package's own needs; tests and checks take no part in a run.
-EXTRAS = ("clean", "tensorboard", "wandb", "mlflow")
+EXTRAS = (
+    *("clean", "tensorboard", "wandb", "mlflow"),
+    *("lm-eval", "llama-cpp", "mlx", "compress"),
+)
 
 Component = dict[str, Any]
 Needed = tuple[str, tuple[str, ...]]  # a package and which of its extras

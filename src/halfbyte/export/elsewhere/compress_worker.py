@@ -25,7 +25,9 @@ def write(job: dict[str, Any]) -> dict[str, Any]:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype="auto", trust_remote_code=False
+    )
     head = model.get_output_embeddings()
     ignored = [name for name, module in model.named_modules() if module is head]
     rows: Any = [
@@ -86,8 +88,10 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype="auto", trust_remote_code=False
+    ).to(device)
     logits = {}
     with torch.no_grad():
         for number, row in enumerate(job["rows"]):

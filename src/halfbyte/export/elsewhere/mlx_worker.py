@@ -25,6 +25,7 @@ def write(job: dict[str, Any]) -> dict[str, Any]:
         q_bits=job["bits"],
         q_group_size=job["group"],
         dtype=job["dtype"],
+        trust_remote_code=False,
     )
     return {}
 
@@ -37,7 +38,11 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
     from mlx_lm import load
     from mlx_lm.utils import dequantize_model
 
-    model, tokenizer = load(job["model"])
+    model, tokenizer = load(
+        job["model"],
+        tokenizer_config={"trust_remote_code": False},
+        trust_remote_code=False,
+    )
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "weight")]
     matrices = {name: hasattr(layer, "bits") for name, layer in layers if layer.weight.ndim > 1}
     if any(matrices.values()) and mx.default_device() == mx.cpu:
