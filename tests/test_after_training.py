@@ -20,14 +20,29 @@ BLOCKS = [block for language, block in LANGUAGES if language == "sh"]
 [PROGRAM] = [block for language, block in LANGUAGES if language == "python"]
 
 
+# Answers of commands are compared with those of this process: in fp32, as in the other tests (see
+# conftest.py). A processor that multiplies bf16 itself would give another word now and then.
+ONE_PRECISION = """\
+from dataclasses import replace
+
+import halfbyte.plan.device as device
+
+real = device.read_processor
+device.read_processor = lambda: replace(real(), bf16_native=False)
+"""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Path:
     """Where all of the page's commands have been run in their order, what they said beside it."""
     if not os.environ.get("PAGES"):
         pytest.skip("five minutes: make pages")
     folder = tmp_path_factory.mktemp("after_training")
+    begins = tmp_path_factory.mktemp("begins")  # each Python runs what it finds there first
+    (begins / "sitecustomize.py").write_text(ONE_PRECISION)
     environment = {
         **os.environ,
+        "PYTHONPATH": str(begins),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "100",
