@@ -233,7 +233,8 @@ def test_a_merge_that_disagrees_is_not_kept(
     """In bf16, whose rounding moves the logits nearly as much as this adapter does."""
     breaks, says = SABOTAGE[what]
     breaks(monkeypatch)
-    said = refusal("merge", faint, "--out", tmp_path / "merged", "--device", "cpu")
+    out = tmp_path / "on the way" / "merged"
+    said = refusal("merge", faint, "--out", out, "--device", "cpu")
     assert "the merged model is not the adapter's" in said
     assert says in said
     assert list(tmp_path.iterdir()) == []

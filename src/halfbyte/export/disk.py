@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfbyte.checkpoint.manifest import sync
@@ -25,6 +27,19 @@ def require_space(out: Path, size: int, what: str) -> None:
             f"{what} will take {size / 1e9:.2f} GB, and the disk of {out} has {free / 1e9:.2f} GB "
             "free: make room, or name an --out on another disk."
         )
+
+
+@contextmanager
+def no_empty_folders(out: Path) -> Iterator[None]:
+    """Folders on the way to ``out`` that are made inside go again where it does not come."""
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        if not out.exists():
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
 
 
 def sync_tree(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from halfbyte.checkpoint.manifest import sync
 from halfbyte.errors import RunError
-from halfbyte.export.disk import require_new, require_space
+from halfbyte.export.disk import no_empty_folders, require_new, require_space
 from halfbyte.model.wording import reason
 
 # Left free on the disk beside what is written.
@@ -26,24 +26,19 @@ def new_file(out: Path, size: int = 0) -> Iterator[Path]:
     """
     require_new(out)
     partial = out.with_name(f".{out.name}.partial")
-    made = [folder for folder in out.parents if not folder.exists()]
-    whole = False
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        require_space(out, size + _SPARE, out.name)
-        yield partial
-        sync(partial)
-        require_new(out)
-        os.replace(partial, out)
-        sync(out.parent)
-        whole = True
-    except OSError as error:
-        raise RunError(
-            f"{out} could not be written ({reason(error)}), and nothing of it is kept; make room, "
-            "or name another --out."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-        for folder in made if not whole else []:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    with no_empty_folders(out):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            require_space(out, size + _SPARE, out.name)
+            yield partial
+            sync(partial)
+            require_new(out)
+            os.replace(partial, out)
+            sync(out.parent)
+        except OSError as error:
+            raise RunError(
+                f"{out} could not be written ({reason(error)}), and nothing of it is kept; make "
+                "room, or name another --out."
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)

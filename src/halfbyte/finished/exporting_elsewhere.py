@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def export_elsewhere(
     shown = ids_to_show(rows.compared, int(source.config.get_text_config().vocab_size))
     weights = sum(parameter.numel() for parameter in network.parameters())
     size = weights * (type.bits or 16) // 8 + (0 if what.found is None else 2 * weights)
-    with _no_empty_folders(out), new_folder(out, size, f"the model for {target.name}") as partial:
+    with new_folder(out, size, f"the model for {target.name}") as partial:
         with _in_transformers_format(what, out, type, onto, device, progress) as (model, merge):
             progress("writing", 0, 1)
             workshop.write(model, partial, type, group, rows.calibration)
@@ -151,19 +151,6 @@ def export_elsewhere(
             card = derived_card(what.found, "compressed" if target.calibrated else "mlx", facts)
             (partial / "README.md").write_text(card, encoding="utf-8")
     return export
-
-
-@contextmanager
-def _no_empty_folders(out: Path) -> Iterator[None]:
-    """Folders on the way to ``out`` that are made inside go again where it does not come."""
-    made = [folder for folder in out.parents if not folder.exists()]
-    try:
-        yield
-    finally:
-        if not out.exists():
-            with suppress(OSError):
-                for folder in made:
-                    folder.rmdir()
 
 
 @contextmanager
