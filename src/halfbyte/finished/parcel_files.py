@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from halfbyte.errors import RunError
+from halfbyte.export.beside import PAPERS, TOKENIZER
 from halfbyte.export.card.loading import with_place
 from halfbyte.export.card.metadata import on_base
 from halfbyte.foreign_json import read_small
@@ -15,27 +16,16 @@ from halfbyte.foreign_json import read_small
 What = Literal["adapter", "model", "gguf"]
 
 CARD = "README.md"
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "base_chat_template.jinja",
-)
-_PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_TOKENIZER = (*TOKENIZER, "base_chat_template.jinja")
 _SENT: dict[What, tuple[str, ...]] = {
-    "adapter": ("adapter_config.json", "adapter_model.safetensors", *_TOKENIZER, *_PAPERS),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors", *_TOKENIZER, *PAPERS),
     "model": (
         *("config.json", "generation_config.json", "merge.json", "halfbyte.json"),
         *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
         *_TOKENIZER,
-        *_PAPERS,
+        *PAPERS,
     ),
-    "gguf": ("*.gguf", "*.Modelfile", "Modelfile", *_PAPERS),
+    "gguf": ("*.gguf", "*.Modelfile", "Modelfile", *PAPERS),
 }
 
 

@@ -12,10 +12,7 @@ from halfbyte.errors import ModelError
 from halfbyte.export.agreement import Agreement, compare_logits
 from halfbyte.export.elsewhere.types import ElsewhereType
 from halfbyte.export.elsewhere.workers import Workshop
-from halfbyte.export.gguf.check import Row
-
-# Rows that come out in other tokens, of all.
-_MOST_DIFFERENT = 0.1
+from halfbyte.export.gguf.check import MOST_DIFFERENT, Row
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def check_folder(
     found = workshop.load(folder, texts, [ids.tolist() for ids in shown])
     by = f"loaded by {workshop.target.package}"
     different = sum(tuple(ids) != row.ids for ids, row in zip(found.tokens, rows, strict=True))
-    if different > _MOST_DIFFERENT * len(rows):
+    if different > MOST_DIFFERENT * len(rows):
         raise ModelError(
             f"{by}, {different} of {len(rows)} rows have other tokens than were trained: the model "
             "would answer badly, and is not kept."

@@ -10,24 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ModelError
+from halfbyte.export.beside import PAPERS, TOKENIZER
 from halfbyte.export.merged_folder import GENERATION
 from halfbyte.foreign_json import read_json
 from halfbyte.model.wording import reason
 
 FILE = "halfbyte.json"  # what the check found
 _CONFIG = "config.json"
-_BESIDE = (
-    GENERATION,
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
+_BESIDE = (GENERATION, *TOKENIZER, *PAPERS)
 # Of a configuration, what quantizing changes. The rest stays as it was: a package writes it in the
 # words of the transformers that it has, which programs of another time may not know.
 _CHANGED = ("quantization", "quantization_config", "tie_word_embeddings", "dtype", "torch_dtype")

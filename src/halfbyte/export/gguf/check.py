@@ -23,7 +23,7 @@ from halfbyte.export.streamed_network import streamed_logits
 from halfbyte.model.source import ModelSource
 
 # Rows that come out in other tokens, of all: a few may hold text that llama.cpp does not normalize.
-_MOST_DIFFERENT = 0.1
+MOST_DIFFERENT = 0.1
 # llama.cpp rounds what it multiplies with quantized weights to 8 bits, and with fp16 ones to fp16.
 _LLAMA_CPP_ROUNDS = 0.02
 # Vectors are written in fp32.
@@ -136,7 +136,7 @@ def _compare_tensors(
 
 
 def _require_tokens(different: int, rows: int, who: str) -> None:
-    if different > _MOST_DIFFERENT * rows:
+    if different > MOST_DIFFERENT * rows:
         raise ModelError(
             f"of {rows} rows {different} come out of the file in other tokens than were trained, "
             f"by {who}: the file would answer badly, and is not kept."
