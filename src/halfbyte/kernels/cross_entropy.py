@@ -222,11 +222,14 @@ def head_loss(
     length, vocabulary = len(hidden), len(weight)
     pitch = -(-vocabulary // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     rows = max(1, min(length, chunk_bytes // (pitch * hidden.element_size())))
-    buffer = hidden.new_empty(rows, pitch)[:, :vocabulary]
+    buffer = hidden.new_empty(rows, pitch)
+    # Products of a CPU with AMX read past the end of a row and multiply what they find by zero
+    # (oneDNN issue 5717), and what was in memory may be NaN.
+    buffer[:, vocabulary:] = 0.0
     losses = torch.empty(length, dtype=torch.float32, device=hidden.device)
     for start in range(0, length, rows):
         at = slice(start, min(start + rows, length))
-        logits = buffer[: at.stop - start]
+        logits = buffer[: at.stop - start, :vocabulary]
         torch.mm(hidden[at], weight.t(), out=logits)
         cross_entropy_rows_(
             logits,
