@@ -12,7 +12,7 @@ import gguf
 import pytest
 import regex
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -53,7 +53,9 @@ PARTS = [
         "é",
     ),
 ]
-texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
+# What a letter without a name becomes, a later Unicode says, and libraries are of different ones.
+named = st.text(st.characters(exclude_categories=["Cn", "Cs"]), max_size=3)
+texts = st.lists(st.sampled_from(PARTS) | named, max_size=12).map("".join)
 
 
 class SlowSmolLM2:
@@ -100,6 +102,7 @@ def smollm2(smollm2_gguf: Path) -> tuple[Any, SlowSmolLM2]:
 
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
+@example(text=":\x16'll")  # between two that merge, a byte that the vocabulary lacks
 def test_smollm2_splits_digits_first(smollm2: tuple[Any, SlowSmolLM2], text: str) -> None:
     made, slow = smollm2
     ids = made(text)["input_ids"]

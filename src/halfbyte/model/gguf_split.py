@@ -6,6 +6,8 @@ llama.cpp has the rules themselves in its code, and a GGUF file names one of the
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +36,13 @@ class SplitRule:
     steps: tuple[str, ...]
     whole_words: bool = False
 
-    def pre_tokenizer(self) -> Any:
-        """The same as a pre-tokenizer of ``tokenizers``."""
+    def pre_tokenizer(self, lacking: Sequence[str] = ()) -> Any:
+        """The same as a pre-tokenizer of ``tokenizers``.
+
+        ``lacking`` are the letters of bytes that the vocabulary has no token of. llama.cpp leaves
+        them out after merging; ``tokenizers`` would do so before, and merge what stood on either
+        side of one.
+        """
         from tokenizers import Regex, pre_tokenizers
 
         made: list[Any] = []
@@ -45,6 +52,9 @@ class SplitRule:
             elif step != BYTES:
                 made.append(pre_tokenizers.Split(Regex(step), behavior="isolated"))
         made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=BYTES in self.steps))
+        if lacking:
+            letters = Regex("|".join(map(re.escape, lacking)))
+            made.append(pre_tokenizers.Split(letters, behavior="removed"))
         return pre_tokenizers.Sequence(made)
 
 

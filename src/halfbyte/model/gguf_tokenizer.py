@@ -116,13 +116,15 @@ class _Metadata:
         return rule
 
     def _byte_level(self, rule: SplitRule) -> Any:
-        from tokenizers import Tokenizer, decoders, models
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         pairs = [merge.split(" ", 1) for merge in self._file.texts("tokenizer.ggml.merges")]
         merges = [(left, right) for left, right in pairs]
-        model = models.BPE(vocab=self._vocabulary(), merges=merges, ignore_merges=rule.whole_words)
+        vocabulary = self._vocabulary()
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole_words)
         backend = Tokenizer(model)
-        backend.pre_tokenizer = rule.pre_tokenizer()
+        lacking = [one for one in pre_tokenizers.ByteLevel.alphabet() if one not in vocabulary]
+        backend.pre_tokenizer = rule.pre_tokenizer(sorted(lacking))
         backend.decoder = decoders.ByteLevel()
         return backend
 
