@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli.export_elsewhere import TARGETS, export_folder
-from halfbyte.cli.export_status import Progress, with_status
+from halfbyte.cli.export_status import with_status
 from halfbyte.cli.options import BaseModel, DeviceName, require_device
 from halfbyte.errors import HalfbyteError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from halfbyte.export.agreement import Agreement
     from halfbyte.finished.exporting import Export
+    from halfbyte.finished.merging import Progress
 
 _MERGED = "merge the adapter (halfbyte merge DIR --out MERGED)"
 # What is not written here, and how it is to be had.

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.cli.export_status import Progress, with_status
+from halfbyte.cli.export_status import with_status
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from halfbyte.finished.exporting_elsewhere import ElsewhereExport
+    from halfbyte.finished.merging import Progress
 
 TARGETS = ("mlx", "gptq", "awq")
 # How a folder is tried, by the program that such folders are for.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
-Progress = Callable[[str, int, int], None]
+    from halfbyte.finished.merging import Progress
+
 T = TypeVar("T")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,7 @@ from halfbyte.export.merged_weights import BaseWeights, MergedWeights
 from halfbyte.export.new_file import new_file
 from halfbyte.export.streamed_network import streamed_logits
 from halfbyte.finished.exportable import Exportable, ids_to_show, rows_to_compare
-from halfbyte.finished.merging import quantization_of, start_of
+from halfbyte.finished.merging import Progress, quantization_of, start_of
 from halfbyte.finished.opened import open_adapter
 from halfbyte.generate.prompt import end_ids
 from halfbyte.model.saved_scale import saved_scales
@@ -47,7 +47,6 @@ from halfbyte.run.folder import write_whole
 
 # What the products of a run in 16 bits may add to the distance of its logits, mean KL in nats.
 _ROUGH = 2e-2
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from halfbyte.export.new_folder import new_folder
 from halfbyte.export.streamed_network import streamed_logits
 from halfbyte.finished.exportable import Exportable, ids_to_show, rows_to_compare
 from halfbyte.finished.found import FoundAdapter
-from halfbyte.finished.merging import Merge, merge_adapter
+from halfbyte.finished.merging import Merge, Progress, merge_adapter
 from halfbyte.finished.rows import held_out_rows
 from halfbyte.generate.prompt import end_ids
 from halfbyte.model.skeleton import build_skeleton
@@ -43,7 +43,6 @@ from halfbyte.run.folder import write_whole
 
 # Rows of --data: of an adapter from elsewhere one in four is compared, and the others calibrate.
 _COMPARED_OF = 4
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

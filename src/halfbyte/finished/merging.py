@@ -35,6 +35,8 @@ from halfbyte.recipe.schema import QuantizationRecipe
 from halfbyte.run.adapter_start import FOLDER as START
 
 FILE = "merge.json"
+# Told what is done now, and how many of how many are.
+Progress = Callable[[str, int, int], None]
 # Shown to both models at most: rows, tokens of one, and of all.
 _ROWS, _LONGEST, _MOST_TOKENS = 16, 512, 2048
 # Where there are no rows.
@@ -84,7 +86,7 @@ def merge_adapter(
     shard_bytes: int = 5_000_000_000,
     device: str = "auto",
     data: str | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Merge:
     """Write base model and adapter into the new folder ``out``, as transformers' models lie there.
 
