@@ -11,9 +11,9 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 
-from halfbyte.kernels.trial_base import WrongResultError
-from halfbyte.kernels.trial_cases import run_case
-from halfbyte.kernels.trial_spec import BatchShape, GroupShape, trial_tasks
+from halfbyte.kernels.trial.base import WrongResultError
+from halfbyte.kernels.trial.cases import run_case
+from halfbyte.kernels.trial.spec import BatchShape, GroupShape, trial_tasks
 from kernel_trial_case import small_spec
 from launched_kernels import no_comparisons, without_efficient_attention
 from offline_compile import compile_for, compiled

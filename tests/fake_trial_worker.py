@@ -1,4 +1,4 @@
-"""Stands for halfbyte.kernels.trial_worker, and does with each kernel what the test says.
+"""Stands for halfbyte.kernels.trial.worker, and does with each kernel what the test says.
 
 ``python fake_trial_worker.py BEHAVIOUR SPEC [TASK ...]``, where BEHAVIOUR is a file of JSON: what
 happens by task, "" being what happens to the process at its start.

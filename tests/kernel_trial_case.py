@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.kernels.trial_spec import BatchShape, GroupShape, TrialSpec
+from halfbyte.kernels.trial.spec import BatchShape, GroupShape, TrialSpec
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, RANK = 48, 96, 4, 2, 16, 4
 

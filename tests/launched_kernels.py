@@ -22,10 +22,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from halfbyte.evaluate.held_out import held_out_loss
-from halfbyte.kernels import choice, trial_adapters, trial_base, trial_spec, trial_step
+from halfbyte.kernels import choice
 from halfbyte.kernels.choice import PLAIN
-from halfbyte.kernels.trial_base import WrongResultError
-from halfbyte.kernels.trial_cases import run_case
+from halfbyte.kernels.trial import adapters as trial_adapters
+from halfbyte.kernels.trial import base as trial_base
+from halfbyte.kernels.trial import spec as trial_spec
+from halfbyte.kernels.trial import step as trial_step
+from halfbyte.kernels.trial.base import WrongResultError
+from halfbyte.kernels.trial.cases import run_case
 from halfbyte.model.fused import FusedNetwork
 from halfbyte.plan.device import Device
 from halfbyte.recipe.load import load_recipe

@@ -21,13 +21,13 @@ import triton_interpreter  # noqa: F401
 
 # isort: split
 from halfbyte.events.types import Event, Fallback
-from halfbyte.kernels import trial as trial_module
-from halfbyte.kernels import trial_spec
 from halfbyte.kernels.choice import ALL, ELEMENTWISE, PLAIN
-from halfbyte.kernels.trial import Outcome, Trial, without
-from halfbyte.kernels.trial_base import WrongResultError
-from halfbyte.kernels.trial_cases import run_case
-from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, trial_tasks
+from halfbyte.kernels.trial import processes as trial_module
+from halfbyte.kernels.trial import spec as trial_spec
+from halfbyte.kernels.trial.base import WrongResultError
+from halfbyte.kernels.trial.cases import run_case
+from halfbyte.kernels.trial.processes import Outcome, Trial, without
+from halfbyte.kernels.trial.spec import TrialSpec, kernel_of, trial_tasks
 from halfbyte.plan.device import Device
 from halfbyte.run import kernel_trial
 from halfbyte.run.kernel_trial import passed
@@ -81,11 +81,8 @@ def test_mark_is_not_for_other_kernels(
 ) -> None:
     with start() as trial:
         trial.finish()
-    changed = tmp_path / "kernels"
-    changed.mkdir()
-    for file in Path(trial_spec.__file__).parent.glob("*.py"):
-        (changed / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(trial_spec, "__file__", str(changed / "trial_spec.py"))
+    changed = shutil.copytree(trial_spec._KERNELS, tmp_path / "kernels")
+    monkeypatch.setattr(trial_spec, "_KERNELS", changed)
 
     def mark() -> Path:
         with Trial(SPEC, tmp_path, workers=1, command=("/nonexistent",)) as again:
@@ -278,7 +275,7 @@ def test_kernels_pass_in_processes_of_their_own(
     spec = replace(SPEC, windows=(16,), batches=SPEC.batches[1:])
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     code = (
-        "import sys, triton_interpreter; from halfbyte.kernels.trial_worker import main;"
+        "import sys, triton_interpreter; from halfbyte.kernels.trial.worker import main;"
         "sys.exit(main(sys.argv[1:]))"
     )
     with Trial(spec, tmp_path, workers=2, command=(sys.executable, "-c", code)) as trial:
@@ -351,7 +348,7 @@ def test_kernels_of_a_t4_compile_for_it() -> None:
 
 def test_the_worker_imports_nothing_that_is_slow() -> None:
     code = (
-        "import sys, halfbyte.kernels.trial_worker as _;"
+        "import sys, halfbyte.kernels.trial.worker as _;"
         "slow = {'transformers', 'datasets', 'pyarrow', 'pydantic', 'matplotlib', 'rich'};"
         "print(*sorted(slow & set(sys.modules)))"
     )

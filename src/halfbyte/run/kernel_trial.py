@@ -14,8 +14,8 @@ from halfbyte.events.types import Fallback
 from halfbyte.kernels import triton_shim
 from halfbyte.kernels.cache import cache_name, use_cache
 from halfbyte.kernels.choice import ALL, Kernels, choose_kernels
-from halfbyte.kernels.trial import Trial, in_use, start_trial, without
-from halfbyte.kernels.trial_spec import SETS, BatchShape, GroupShape, TrialSpec
+from halfbyte.kernels.trial.processes import Trial, in_use, start_trial, without
+from halfbyte.kernels.trial.spec import SETS, BatchShape, GroupShape, TrialSpec
 from halfbyte.model.fusable import ACTIVATIONS, why_adapters_not_fused
 from halfbyte.model.lora_targets import adapter_ranks, adapter_scales, choose_targets
 from halfbyte.optim.flat import BLOCK, MIN_8BIT_SIZE

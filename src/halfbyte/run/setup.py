@@ -26,7 +26,7 @@ from halfbyte.engine.step import TrainStep
 from halfbyte.events.types import Choice, Fallback, ModelLoaded, Warned
 from halfbyte.kernels.cache import VARIABLE as CACHE_VARIABLE
 from halfbyte.kernels.choice import PLAIN, Kernel, Kernels, choose_kernels
-from halfbyte.kernels.trial import Trial
+from halfbyte.kernels.trial.processes import Trial
 from halfbyte.model.causal import QLoRAModel, attention_dropout
 from halfbyte.model.experts import mistaken_for_experts
 from halfbyte.model.fusable import TRAINED_ENDS

@@ -1,4 +1,4 @@
-"""A process that tries kernels: ``python -m halfbyte.kernels.trial_worker SPEC [TASK ...]``.
+"""A process that tries kernels: ``python -m halfbyte.kernels.trial.worker SPEC [TASK ...]``.
 
 Beside the spec's file lies what several such processes share: a task is taken by making
 ``TASK.claim`` with the process's number in it, and ends with ``TASK.json``. Without a result the
@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from halfbyte.kernels.trial_base import WrongResultError
-from halfbyte.kernels.trial_cases import run_case
-from halfbyte.kernels.trial_spec import TrialSpec, trial_tasks
+from halfbyte.kernels.trial.base import WrongResultError
+from halfbyte.kernels.trial.cases import run_case
+from halfbyte.kernels.trial.spec import TrialSpec, trial_tasks
 
 Verdict = Literal["ok", "wrong", "failed", "broken", "memory"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.choice import PLAIN, Kernel
-from halfbyte.kernels.trial_spec import SETS, BatchShape, TrialSpec
+from halfbyte.kernels.trial.spec import SETS, BatchShape, TrialSpec
 
 # Shares of the largest value. The adapters' sums may be rounded to 16 bits on the way.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.002}

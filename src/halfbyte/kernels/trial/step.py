@@ -10,7 +10,7 @@ from torch import Tensor
 from halfbyte.kernels import adamw
 from halfbyte.kernels.choice import Kernel
 from halfbyte.kernels.nf4 import dynamic_map
-from halfbyte.kernels.trial_base import TOKENS, CaseBase, compare
+from halfbyte.kernels.trial.base import TOKENS, CaseBase, compare
 
 HEAD_WIDTH = 64  # the head's kernel sees logits, whatever they are made of
 

@@ -11,6 +11,7 @@ from typing import Any
 from halfbyte.kernels import choice
 from halfbyte.kernels.choice import PLAIN
 
+_KERNELS = Path(__file__).parent.parent
 SETS = {"all": choice.ALL, "element-wise": choice.ELEMENTWISE}
 
 # Groups of layers that share an input, each with the kernels that adapters need there.
@@ -101,7 +102,7 @@ class TrialSpec:
     def fingerprint(self, *versions: str) -> str:
         """Of the spec, of ``versions`` and of the kernels' source."""
         digest = hashlib.sha256(self.to_json().encode())
-        for file in sorted(Path(__file__).parent.glob("*.py")):
+        for file in sorted(_KERNELS.rglob("*.py")):
             digest.update(file.read_bytes())
         digest.update("\n".join(versions).encode())
         return digest.hexdigest()[:32]

@@ -29,9 +29,9 @@ import torch
 
 from halfbyte.kernels import choice
 from halfbyte.kernels.choice import PLAIN, Kernels
-from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, trial_tasks
+from halfbyte.kernels.trial.spec import TrialSpec, kernel_of, trial_tasks
 
-WORKER = (sys.executable, "-P", "-m", "halfbyte.kernels.trial_worker")
+WORKER = (sys.executable, "-P", "-m", "halfbyte.kernels.trial.worker")
 START_SECONDS = 180.0  # to import PyTorch from a slow disk and to open the device
 TASK_SECONDS = 180.0  # to compile and run one kernel in all its variants
 _POLL_SECONDS = 0.02

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from halfbyte.kernels import attention
 from halfbyte.kernels.choice import PLAIN, Kernel
-from halfbyte.kernels.trial_base import MOST_TOKENS, TOKENS, CaseBase
-from halfbyte.kernels.trial_spec import BatchShape
+from halfbyte.kernels.trial.base import MOST_TOKENS, TOKENS, CaseBase
+from halfbyte.kernels.trial.spec import BatchShape
 
 ROW = 300  # tokens of a row that attention is tried on: more than two of its tiles
 WIDEST_TILE = 128  # tokens of attention's

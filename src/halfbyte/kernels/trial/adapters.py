@@ -12,7 +12,7 @@ from halfbyte.kernels.choice import PLAIN, Kernel
 from halfbyte.kernels.dropout import apply_dropout_reference
 from halfbyte.kernels.lora_group import LoraGroup, LoraPart, make_fold, part_table
 from halfbyte.kernels.nf4 import SCALES_PER_BLOCK
-from halfbyte.kernels.trial_base import (
+from halfbyte.kernels.trial.base import (
     TOKENS,
     TOLERANCE,
     CaseBase,
@@ -20,7 +20,7 @@ from halfbyte.kernels.trial_base import (
     compare,
     lengths,
 )
-from halfbyte.kernels.trial_spec import GroupShape
+from halfbyte.kernels.trial.spec import GroupShape
 
 
 class AdapterCases(CaseBase):

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.kernels.trial_adapters import AdapterCases
-from halfbyte.kernels.trial_layer import LayerCases
-from halfbyte.kernels.trial_spec import TrialSpec, kernel_of, trial_tasks
-from halfbyte.kernels.trial_step import StepCases
+from halfbyte.kernels.trial.adapters import AdapterCases
+from halfbyte.kernels.trial.layer import LayerCases
+from halfbyte.kernels.trial.spec import TrialSpec, kernel_of, trial_tasks
+from halfbyte.kernels.trial.step import StepCases
 
 
 class Cases(LayerCases, AdapterCases, StepCases):
@@ -22,7 +22,7 @@ class Cases(LayerCases, AdapterCases, StepCases):
 
 
 def run_case(spec: TrialSpec, task: str) -> None:
-    """Try one of :func:`~halfbyte.kernels.trial_spec.trial_tasks`.
+    """Try one of :func:`~halfbyte.kernels.trial.spec.trial_tasks`.
 
     Raises WrongResultError, or whatever compiling and launching raise.
     """

@@ -1,0 +1,1 @@
+"""Kernels tried before a run depends on them."""
