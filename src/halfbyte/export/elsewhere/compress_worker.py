@@ -1,20 +1,17 @@
 """What llmcompressor is asked, in a process of its own, by a Python that has it and perhaps no
 halfbyte.
 
-Run by its path. It reads one job as JSON from standard input and writes what came of it as JSON to
-standard output; an error becomes an answer as well.
+Run by worker_frame.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
 from typing import Any
 
+PACKAGE = "llmcompressor"
 
-def write(job: dict[str, Any]) -> dict[str, Any]:
+
+def write(job: dict[str, Any]) -> None:
     """The model in the folder ``model``, its linear layers but for the head rounded by ``method``
     to ``bits`` in groups of ``group`` weights, written into the folder ``out``.
 
@@ -43,7 +40,6 @@ def write(job: dict[str, Any]) -> dict[str, Any]:
         num_calibration_samples=len(rows),
     )
     model.save_pretrained(job["out"], save_compressed=True)
-    return {}
 
 
 def without_pinned_memory() -> None:
@@ -79,7 +75,7 @@ def recipe(job: dict[str, Any], ignored: list[str]) -> list[Any]:
     return [AWQModifier(duo_scaling="both"), QuantizationModifier(**settings)]
 
 
-def ask(job: dict[str, Any]) -> dict[str, Any]:
+def ask(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What transformers loads of the folder ``model``: tokens of ``texts``, logits of ``rows`` of
     ids, into the file ``logits`` (npz), template, ends of an answer, and which layers have
     groups."""
@@ -106,41 +102,9 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
-    return {
-        "tokens": [tokens(tokenizer, text) for text in job["texts"]],
+    return tokenizer, {
         "template": tokenizer.chat_template,
         "ends": [ends] if isinstance(ends, int) else list(ends or ()),
         "quantized": sum(matrices.values()),
         "kept": [name for name, quantized in matrices.items() if not quantized],
-        "version": version("llmcompressor"),
     }
-
-
-def tokens(tokenizer: Any, text: str) -> list[int]:
-    """With the beginning that the tokenizer adds, unless the text has it."""
-    bos = tokenizer.bos_token
-    ids: list[int] = tokenizer.encode(
-        text, add_special_tokens=bos is None or not text.startswith(bos)
-    )
-    return ids
-
-
-def version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    answers = os.dup(1)
-    os.dup2(2, 1)  # where its progress is shown
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            answer = {"write": write, "ask": ask}[asked["do"]](asked)
-        except ModuleNotFoundError as error:
-            answer = {"missing": error.name}
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-    with os.fdopen(answers, "w", encoding="utf-8") as file:
-        json.dump(answer, file)

@@ -1,19 +1,17 @@
 """What mlx-lm is asked, in a process of its own, by a Python that has it and perhaps no halfbyte.
 
-Run by its path. It reads one job as JSON from standard input and writes what came of it as JSON to
-standard output; an error becomes an answer as well.
+Run by worker_frame.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import sys
 from typing import Any
 
+PACKAGE = "mlx-lm"
 
-def write(job: dict[str, Any]) -> dict[str, Any]:
+
+def write(job: dict[str, Any]) -> None:
     """The model in the folder ``model`` in MLX's format, written as ``out``, an empty folder."""
     from mlx_lm import convert
 
@@ -27,10 +25,9 @@ def write(job: dict[str, Any]) -> dict[str, Any]:
         dtype=job["dtype"],
         trust_remote_code=False,
     )
-    return {}
 
 
-def ask(job: dict[str, Any]) -> dict[str, Any]:
+def ask(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What mlx-lm loads of the folder ``model``: tokens of ``texts``, logits of ``rows`` of ids,
     into the file ``logits`` (npz), template, ends of an answer, and which matrices have groups."""
     import mlx.core as mx
@@ -54,41 +51,9 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
         found = model(mx.array(row)[None])[0].astype(mx.float32)
         logits[str(number)] = np.array(found)
     np.savez(job["logits"], **logits)
-    return {
-        "tokens": [tokens(tokenizer, text) for text in job["texts"]],
+    return tokenizer, {
         "template": tokenizer.chat_template,
         "ends": sorted(tokenizer.eos_token_ids),
         "quantized": sum(matrices.values()),
         "kept": [name for name, quantized in matrices.items() if not quantized],
-        "version": version("mlx-lm"),
     }
-
-
-def tokens(tokenizer: Any, text: str) -> list[int]:
-    """As mlx_lm.generate makes them: a beginning that the text has is not put there again."""
-    bos = tokenizer.bos_token
-    ids: list[int] = tokenizer.encode(
-        text, add_special_tokens=bos is None or not text.startswith(bos)
-    )
-    return ids
-
-
-def version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    answers = os.dup(1)
-    os.dup2(2, 1)  # mlx-lm says what it does
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            answer = {"write": write, "ask": ask}[asked["do"]](asked)
-        except ModuleNotFoundError as error:
-            answer = {"missing": error.name}
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-    with os.fdopen(answers, "w", encoding="utf-8") as file:
-        json.dump(answer, file)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ModelError
-from halfbyte.export.elsewhere import compress_worker, mlx_worker
+from halfbyte.export.elsewhere import compress_worker, mlx_worker, worker_frame
 from halfbyte.export.elsewhere.types import ElsewhereType, Target
 from halfbyte.model.wording import reason
 
@@ -103,7 +103,7 @@ class Workshop:
 
     def _work(self, job: dict[str, Any], folder: Path, failing: str) -> dict[str, Any]:
         worker = mlx_worker if self.target.name == "mlx" else compress_worker
-        assert worker.__file__ is not None
+        files = [str(Path(str(module.__file__)).resolve()) for module in (worker_frame, worker)]
         # Nothing of what is made is on a network.
         surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cpu":
@@ -111,7 +111,7 @@ class Workshop:
         with tempfile.TemporaryDirectory() as place:  # for files that a package leaves where it is
             try:
                 done = subprocess.run(
-                    [self.python, "-I", str(Path(worker.__file__).resolve())],
+                    [self.python, "-I", *files],
                     input=json.dumps(job).encode("utf-8"),
                     capture_output=True,
                     check=False,
