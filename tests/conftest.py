@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 # Two workers share two cores, and the models of the tests are too small for a second thread: with
 # one, a file of them takes a quarter of the time. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# bitsandbytes compiles parts of its CPU code with a C++ compiler, half a minute for a few tensors.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 import torch
 
@@ -66,6 +69,18 @@ def _dequantize_4bit(
     code = _get_4bit_code(quant_type, codes.device)
     flat = codes.view(torch.uint8).reshape(-1)
     return _dequantize_4bit_compute(flat, absmax.float(), code, blocksize, shape, dtype)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Plots are drawn in files that say ``PICTURES = True``, where tests look at them.
+
+    Elsewhere all of a report is made but these, which are two fifths of a run of the tiny model.
+    """
+    from quick_plots import no_pictures
+
+    with nullcontext() if getattr(request.module, "PICTURES", False) else no_pictures():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from halfbyte.events import read_events
 from halfbyte.events.types import Evaluated, Interrupted, RunStarted, Step, TrainingStarted
 from halfbyte.recipe import Recipe
 
+PICTURES = True  # are looked at here
+
 RECIPE = """\
 title: Numbers in words
 author: A. Tester

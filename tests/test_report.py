@@ -22,6 +22,8 @@ from halfbyte.report.story import read_story
 from page_reader import read_page
 from run_records import write_run
 
+PICTURES = True  # are looked at here
+
 SECTIONS = [
     "Objective",
     "Environment",

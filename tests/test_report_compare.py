@@ -11,6 +11,8 @@ from halfbyte.report import compare_runs, make_report
 from page_reader import Page, read_page
 from run_records import EFFECTIVE, write_run
 
+PICTURES = True  # are looked at here
+
 
 def table(page: Page, first: str) -> list[list[str]]:
     return next(t for t in page.tables if t[0][0] == first)

@@ -19,6 +19,8 @@ from halfbyte.report.pdf import PROGRAMS
 from page_reader import read_page
 from run_records import write_run
 
+PICTURES = True  # are looked at here
+
 NASTY = (
     "</pre></td></table><script>alert(1)</script><img src=x onerror=alert(2)> "
     "<style>@import url(http://evil.example/a.css)</style> & &amp; &lt;b&gt; "

@@ -13,6 +13,8 @@ from halfbyte.report.verdicts import verdicts
 from page_reader import read_page
 from run_records import EFFECTIVE, PER_EPOCH, write_run
 
+PICTURES = True  # are looked at here
+
 ALL_STEPS = "every planned step was done"
 FINITE = "the loss of every step is a finite number"
 SHARE = "at most 5 % of the parameters"

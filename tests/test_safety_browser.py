@@ -24,6 +24,8 @@ from halfbyte.run.notebook import report_html
 from page_reader import read_page
 from safety_case import RECIPE, halfbyte
 
+PICTURES = True  # are looked at here
+
 RAN = "CANARY-RAN"
 # Each would change the title, or ask the server for something; @ is its address.
 PAYLOADS = [

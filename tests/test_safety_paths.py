@@ -19,6 +19,8 @@ from halfbyte.recipe.schema import ModelRecipe
 from halfbyte.report import make_report
 from run_records import write_run
 
+PICTURES = True  # are looked at here
+
 
 @pytest.fixture
 def model(tmp_path: Path, tiny_model: Path) -> Path:

@@ -32,6 +32,8 @@ from halfbyte.report.verdicts import verdicts
 from halfbyte.trackers.messages import message_of
 from run_records import BEGAN, write_run
 
+PICTURES = True  # are looked at here
+
 WATCHED: dict[str, dict[str, Any]] = {"training_started": {"watched": True}}
 SPIKE = Noticed(
     "loss_spike",
