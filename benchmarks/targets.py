@@ -1,6 +1,6 @@
 """What each form of a finished adapter gives back, loaded by the programs that it is for.
 
-    python benchmarks/targets.py RUN [--rows N] [--write]
+    python benchmarks/targets.py RUN [--rows N] [--only NAMES] [--made FOLDER] [--write]
 
 ``halfbyte merge``, ``export`` and ``reduce`` write every target of the run in RUN; PEFT,
 transformers and, where a Python has its binding (HALFBYTE_LLAMA_PYTHON), llama.cpp load them, all
@@ -36,11 +36,19 @@ from halfbyte.export.gguf.llama_cpp import ask_llama_cpp, find_python
 from halfbyte.finished.found import find_adapter
 from halfbyte.finished.opened import OpenedAdapter, open_adapter
 from halfbyte.finished.rows import HeldOut, held_out_rows
+from halfbyte.plan.device import find_device
 from record import write_results
 
 LONGEST = 128  # tokens of a row
 # What other packages write and load; they multiply in 16 bits.
-FOLDERS = (("mlx", "bf16"), ("mlx", "q8"), ("mlx", "q4"), ("gptq", "w8a16"), ("gptq", "w4a16"))
+FOLDERS = (
+    ("mlx", "bf16"),
+    ("mlx", "q8"),
+    ("mlx", "q4"),
+    ("gptq", "w8a16"),
+    ("gptq", "w4a16"),
+    ("awq", "w4a16"),
+)
 ADAPTER, ORIGINAL = "adapter on 4 bits", "adapter on original weights"
 
 
@@ -58,12 +66,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--only", default="", help="targets whose names begin so, with commas")
+    parser.add_argument("--made", type=Path, help="what other packages wrote, kept")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/")
     asked = parser.parse_args()
     only = tuple(part.strip() for part in asked.only.split(","))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in measure(asked.run, asked.rows, Path(folder), only):
+        for row in measure(asked.run, asked.rows, Path(folder), only, asked.made):
             rows.append(row)
             if asked.write:  # each time: all of it takes a quarter of an hour
                 write_results("targets", [line for one in rows for line in one.lines()])
@@ -103,7 +112,9 @@ class Row:
             }
 
 
-def measure(run: Path, count: int, folder: Path, only: tuple[str, ...]) -> Iterable[Row]:
+def measure(
+    run: Path, count: int, folder: Path, only: tuple[str, ...], made: Path | None
+) -> Iterable[Row]:
     opened = _in_fp32(run)
     held_out = held_out_rows(opened.found, opened.source, limit=count)
     shown = _shown(opened, held_out)
@@ -154,12 +165,13 @@ def measure(run: Path, count: int, folder: Path, only: tuple[str, ...]) -> Itera
         if not f"{to} {kind}".startswith(only):
             continue
         try:
-            workshop = find_workshop(TARGETS[to], "cpu")
+            workshop = find_workshop(TARGETS[to], find_device("cpu"))
         except ModelError as missing:
             print(missing, file=sys.stderr)
             continue
-        out = folder / f"{to}-{kind}"
-        halfbyte("export", run, "--to", to, "--type", kind, "--out", out)
+        out = (made or folder) / f"{to}-{kind}"
+        if made is None or not out.exists():
+            halfbyte("export", run, "--to", to, "--type", kind, "--out", out)
         loaded = workshop.load(out, shown.texts, shown.ids)
         by = "mlx-lm" if to == "mlx" else "transformers"
         yield row(f"{to} {kind}", by, loaded.logits, _same(loaded.tokens, shown), ADAPTER)

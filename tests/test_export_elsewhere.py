@@ -36,6 +36,7 @@ from halfbyte.finished.rows import held_out_rows
 from halfbyte.generate.prompt import prompt_ids
 from halfbyte.model.skeleton import build_skeleton
 from halfbyte.model.source import open_model
+from halfbyte.plan.device import find_device
 from halfbyte.recipe.schema import ModelRecipe
 
 VARIABLES = sorted({target.variable for target in TARGETS.values()})
@@ -303,6 +304,7 @@ def test_what_a_worker_is_given(run: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     job = json.loads(seen.read_text())
     assert (job["bits"], job["group"], job["method"]) == (4, 64, "gptq")
+    assert job["in_fp32"]  # on a processor that only emulates bf16
     # The rows that trained, in their tokens, and none that is compared.
     found = find_adapter(run)
     source = open_base(found)
@@ -340,7 +342,7 @@ def test_another_model_is_not_kept(change: dict[str, Any], said: str | None) -> 
     rows = [Row("a", (1, 2)), Row("b", (3, 4))]
     with nullcontext() if said is None else pytest.raises(ModelError, match=re.escape(said)):
         check_folder(
-            Stub(mlx, "python", "cpu"),
+            Stub(mlx, "python", find_device("cpu")),
             Path("out"),
             rows,
             [torch.tensor([1, 2])],

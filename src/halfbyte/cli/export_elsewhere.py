@@ -46,7 +46,7 @@ def export_folder(
     from halfbyte.export.elsewhere.workers import find_workshop
     from halfbyte.plan.device import find_device
 
-    workshop = find_workshop(target, find_device(device).kind)
+    workshop = find_workshop(target, find_device(device))
     from halfbyte.finished.exportable import find_exportable
     from halfbyte.finished.exporting_elsewhere import export_elsewhere
 

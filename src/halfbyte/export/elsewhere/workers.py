@@ -23,6 +23,7 @@ from halfbyte.errors import ModelError
 from halfbyte.export.elsewhere import compress_worker, mlx_worker, worker_frame
 from halfbyte.export.elsewhere.types import ElsewhereType, Target
 from halfbyte.model.wording import reason
+from halfbyte.plan.device import Device
 
 # A disk with less room is taken for full where a package could not write.
 _FULL = 1 << 20
@@ -46,11 +47,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Workshop:
-    """A Python that has the package of ``target``; ``device`` is cpu or cuda."""
+    """A Python that has the package of ``target``, and where it is to calculate."""
 
     target: Target
     python: str
-    device: str
+    device: Device
 
     def write(
         self,
@@ -74,6 +75,7 @@ class Workshop:
             "group": group,
             "dtype": _DTYPES[type.dtype],
             "rows": _plain(rows),
+            "in_fp32": self.device.kind == "cpu" and not self.device.bf16_native,
         }
         self._work(job, out, "could not write")
 
@@ -106,7 +108,7 @@ class Workshop:
         files = [str(Path(str(module.__file__)).resolve()) for module in (worker_frame, worker)]
         # Nothing of what is made is on a network.
         surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if self.device == "cpu":
+        if self.device.kind == "cpu":
             surroundings["CUDA_VISIBLE_DEVICES"] = ""
         with tempfile.TemporaryDirectory() as place:  # for files that a package leaves where it is
             try:
@@ -140,7 +142,7 @@ class Workshop:
         return answer
 
 
-def find_workshop(target: Target, device: str) -> Workshop:
+def find_workshop(target: Target, device: Device) -> Workshop:
     """A Python with the package of ``target``: the one that the variable names, or this one.
 
     Raises ModelError where there is none.
