@@ -15,8 +15,10 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from halfbyte.errors import ModelError
+from halfbyte.export.gguf.pre_tokenizer import pre_tokenizer_name
 from halfbyte.model.gguf_file import GgufFile
 from halfbyte.model.gguf_split import RULES
 from halfbyte.model.gguf_tokenizer import gguf_tokenizer
@@ -234,9 +236,26 @@ def test_what_a_file_says_of_the_ends_of_a_text(tmp_path: Path) -> None:
     assert "[PAD0]" not in made.get_vocab()
 
 
+def test_a_vocabulary_that_lacks_bytes_is_written_under_its_own_rule(
+    smollm2: tuple[Any, SlowSmolLM2], tmp_path: Path
+) -> None:
+    made, slow = smollm2
+    assert not {slow.letters[byte] for byte in range(256)} <= set(slow.ids)
+    made.save_pretrained(tmp_path)
+    saved = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for tokenizer in (made, saved):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        assert pre_tokenizer_name(backend, "SmolLM2") == "smollm"
+    backend["model"]["vocab"][slow.letters[0x16]] = 0  # it is removed, and has a token
+    with pytest.raises(ModelError, match="splits text by a rule"):
+        pre_tokenizer_name(backend, "another")
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_keeps_the_text(tmp_path: Path, name: str) -> None:
     made = gguf_tokenizer(write(tmp_path / "a.gguf", **byte_level(pre=name)), "a")
+    written = pre_tokenizer_name(json.loads(made.backend_tokenizer.to_str()), "a")
+    assert RULES[written] == RULES[name]
     text = "the Number 12345's\n\n 6/7\r\n  naïve東京🦙 word  "
     assert made.decode(made(text, add_special_tokens=False)["input_ids"]) == text
 

@@ -7,7 +7,7 @@ llama.cpp has the rules themselves in its code, and a GGUF file names one of the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,11 @@ class SplitRule:
     steps: tuple[str, ...]
     whole_words: bool = False
 
-    def pre_tokenizer(self, lacking: Sequence[str] = ()) -> Any:
+    def pre_tokenizer(self, lacking: str = "") -> Any:
         """The same as a pre-tokenizer of ``tokenizers``.
 
-        ``lacking`` are the letters of bytes that the vocabulary has no token of. llama.cpp leaves
-        them out after merging; ``tokenizers`` would do so before, and merge what stood on either
-        side of one.
+        ``lacking`` is what :func:`lacking_bytes` says of the vocabulary. llama.cpp leaves these out
+        after merging; ``tokenizers`` would do so before, and merge what stood on either side.
         """
         from tokenizers import Regex, pre_tokenizers
 
@@ -53,9 +52,16 @@ class SplitRule:
                 made.append(pre_tokenizers.Split(Regex(step), behavior="isolated"))
         made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=BYTES in self.steps))
         if lacking:
-            letters = Regex("|".join(map(re.escape, lacking)))
-            made.append(pre_tokenizers.Split(letters, behavior="removed"))
+            made.append(pre_tokenizers.Split(Regex(lacking), behavior="removed"))
         return pre_tokenizers.Sequence(made)
+
+
+def lacking_bytes(vocabulary: Container[str]) -> str:
+    """A regular expression of the letters of bytes that ``vocabulary`` has no token of, or none."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return "|".join(re.escape(letter) for letter in alphabet if letter not in vocabulary)
 
 
 # The name that a file is written with comes first of those that are the same.

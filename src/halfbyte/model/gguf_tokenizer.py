@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.errors import ModelError
 from halfbyte.model.gguf_file import GgufFile
-from halfbyte.model.gguf_split import RULES, SplitRule
+from halfbyte.model.gguf_split import RULES, SplitRule, lacking_bytes
 from halfbyte.model.sentencepiece_merges import LONGEST_PIECE, merges_by_score
 from halfbyte.model.tokenizer import require_usable
 from halfbyte.model.wording import reason
@@ -116,15 +116,14 @@ class _Metadata:
         return rule
 
     def _byte_level(self, rule: SplitRule) -> Any:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer, decoders, models
 
         pairs = [merge.split(" ", 1) for merge in self._file.texts("tokenizer.ggml.merges")]
         merges = [(left, right) for left, right in pairs]
         vocabulary = self._vocabulary()
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole_words)
         backend = Tokenizer(model)
-        lacking = [one for one in pre_tokenizers.ByteLevel.alphabet() if one not in vocabulary]
-        backend.pre_tokenizer = rule.pre_tokenizer(sorted(lacking))
+        backend.pre_tokenizer = rule.pre_tokenizer(lacking_bytes(vocabulary))
         backend.decoder = decoders.ByteLevel()
         return backend
 
