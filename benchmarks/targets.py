@@ -170,7 +170,7 @@ def measure(
             print(missing, file=sys.stderr)
             continue
         out = (made or folder) / f"{to}-{kind}"
-        if made is None or not out.exists():
+        if not out.exists():
             halfbyte("export", run, "--to", to, "--type", kind, "--out", out)
         loaded = workshop.load(out, shown.texts, shown.ids)
         by = "mlx-lm" if to == "mlx" else "transformers"

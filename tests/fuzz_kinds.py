@@ -147,12 +147,11 @@ def make_place(folder: Path, model: Path, rows: Path, gguf: Path | None = None) 
 def _light() -> None:
     """Leave out what takes long and reads nothing of an input: pictures, a model of languages."""
     import halfbyte.data.cleaning.language as language
-    from halfbyte.report import compare, plots
-    from quick_plots import undrawn
+    from quick_plots import leave_out_pictures
 
     cached = lru_cache(language._identifier)
     language._identifier = lambda languages: cached(tuple(languages))  # type: ignore[assignment]
-    plots.draw = compare.draw = undrawn  # type: ignore[attr-defined]
+    leave_out_pictures()
 
 
 def _files(

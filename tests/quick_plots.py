@@ -20,11 +20,16 @@ def undrawn(name: str, height: float, fill: Callable[[Figure], None]) -> plots.P
     return plots.Plot("<svg ></svg>", b"")
 
 
+def leave_out_pictures() -> None:
+    """From now on no plot is drawn in this process."""
+    plots.draw = compare.draw = undrawn  # type: ignore[attr-defined]
+
+
 @contextmanager
 def no_pictures() -> Iterator[None]:
     """No plot is drawn meanwhile in this process."""
     kept = plots.draw, compare.draw  # type: ignore[attr-defined]
-    plots.draw = compare.draw = undrawn  # type: ignore[attr-defined]
+    leave_out_pictures()
     try:
         yield
     finally:

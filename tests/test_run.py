@@ -19,7 +19,7 @@ from halfbyte.events import read_events
 from halfbyte.events.types import Audited, Checked, Evaluated, Event, Kept, ModelLoaded, Step
 from halfbyte.quant.linear import QLoRALinear
 
-PICTURES = True  # are looked at here
+PICTURES = True  # whole runs, as users have them
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -36,7 +36,7 @@ class SplitRule:
     steps: tuple[str, ...]
     whole_words: bool = False
 
-    def pre_tokenizer(self, lacking: str = "") -> Any:
+    def pre_tokenizer(self, lacking: str) -> Any:
         """The same as a pre-tokenizer of ``tokenizers``.
 
         ``lacking`` is what :func:`lacking_bytes` says of the vocabulary. llama.cpp leaves these out

@@ -44,7 +44,8 @@ def write(job: dict[str, Any]) -> None:
         recipe=recipe(job, ignored),
         num_calibration_samples=len(rows),
     )
-    round_to(model, stored)
+    if job["in_fp32"]:
+        round_to(model, stored)
     model.save_pretrained(job["out"], save_compressed=True)
 
 
